@@ -1,0 +1,59 @@
+"""Skills of the bank -> merge or gate -> composition. `python compose.py task=walker/run skills=[walker/walk,walker/run] gate=mlp`."""
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import skillbank as sb
+from skillbank.cli import user_errors
+from skillbank.fit import run_folder
+from skillbank.load import build, skills_on_base
+
+
+def composition_name(task: str, base: str, skills: list[str]) -> str:
+    """`walker/run`, base `walker/stand@1`, skills walk and run -> `walker/run-from-stand-walk`."""
+    own = [ref.split("@")[0] for ref in (base, *skills)]
+    return "-".join([f"{task}-from", *(name.rpartition("/")[2] for name in own if name != task)])
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="compose")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    """Compose what the configuration says, evaluate it, put it in the bank and write a report."""
+    conf = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(conf, dict)
+    merge, gate = conf.get("merge"), conf.get("gate")
+    if (merge is None) == (gate is None):
+        raise ValueError("give either a merge (merge=stack, merge=svd) or a gate (gate=mlp, gate=constant)")
+    task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
+    base, model, skills, refs = skills_on_base(bank, cfg.skills)
+    name = cfg.name or composition_name(cfg.task.name, base, refs)
+    folder = run_folder("compose", name, [conf, base, refs, task.data_hash])
+    torch.manual_seed(cfg.seed)
+    if merge is not None:
+        merge = {key: value for key, value in {**merge, "weights": conf["weights"]}.items() if value is not None}
+        certificate = sb.merge(skills, **merge).certificate
+        composition = sb.Composition(base, refs, merge=merge)
+        metrics = {"merge_error": certificate.error, "merge_energy": certificate.energy}
+    else:
+        gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
+        model = sb.Composed(model, build(gate), skills, regulariser=cfg.regulariser)
+        result = sb.fit(
+            model,
+            task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
+            model.gate.parameters(),
+            seed=cfg.seed,
+            folder=folder,
+            validate=lambda: sb.validation_loss(model, task.validation(batch_size=1024)),
+            **conf["fit"],
+            **conf["logger"],
+            run={"name": name, "conf": conf},
+        )
+        composition = sb.Composition(base, refs, gate=gate, tensors=model.gate.state_dict())
+        metrics = {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
+    ...
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""skillbank: skills as LoRA adapters on a frozen base, kept in a versioned bank, merged and gated in parameter space.
+
+The names below are loaded when they are first used, so that `import skillbank` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skillbank.adapter import read_adapter, write_adapter
+    from skillbank.attach import attach, detach, fresh, read
+    from skillbank.bank import Bank, Base, Composition, Ref
+    from skillbank.certificate import Certificate
+    from skillbank.fit import fit, validation_loss
+    from skillbank.gate import Composed, ConstantGate, MLPGate, grow
+    from skillbank.load import load
+    from skillbank.merge import merge
+    from skillbank.model import Model, Task, check_model
+    from skillbank.skill import Skill, cosine, gram, stack, truncate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "adapter": ["read_adapter", "write_adapter"],
+    "attach": ["attach", "detach", "fresh", "read"],
+    "bank": ["Bank", "Base", "Composition", "Ref"],
+    "certificate": ["Certificate"],
+    "fit": ["fit", "validation_loss"],
+    "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
+    "load": ["load"],
+    "merge": ["merge"],
+    "model": ["Model", "Task", "check_model"],
+    "skill": ["Skill", "cosine", "gram", "stack", "truncate"],
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Bank",
+    "Base",
+    "Certificate",
+    "Composed",
+    "Composition",
+    "ConstantGate",
+    "MLPGate",
+    "Model",
+    "Ref",
+    "Skill",
+    "Task",
+    "attach",
+    "check_model",
+    "cosine",
+    "detach",
+    "fit",
+    "fresh",
+    "gram",
+    "grow",
+    "load",
+    "merge",
+    "read",
+    "read_adapter",
+    "stack",
+    "truncate",
+    "validation_loss",
+    "write_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module."""
+    if name not in _MODULE:
+        raise AttributeError(f"module 'skillbank' has no attribute {name!r}")
+    value = getattr(import_module(f"skillbank.{_MODULE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """This module's class: a submodule that is imported later does not hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    """Public names."""
+    return [*__all__, "__version__"]

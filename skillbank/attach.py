@@ -1,0 +1,258 @@
+"""One skill on a live module: start a fresh one, attach a given one, read it back, take it off. The only file that knows PEFT."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from skillbank.skill import Factor, Skill, truncate
+
+__all__ = ["attach", "base_weights", "channel_layers", "detach", "fresh", "read"]
+
+ADAPTER = "default"
+MARK = "_skillbank_mark"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SUPPORTED = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+
+
+def fresh(
+    net: nn.Module,
+    *,
+    rank: int = 8,
+    scale: float = 16.0,
+    targets: str | Sequence[str] | None = None,
+    start: Skill | None = None,
+) -> list[nn.Parameter]:
+    """Put a new, trainable skill on `net`; until it is trained the net computes exactly what it did before (or what `start` makes of it).
+
+    A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. With `start`, that skill's factors take the first rank
+    channels and training continues from them. What was on the net before is taken off.
+
+    Args:
+        net: the frozen base's net, changed in place.
+        rank: rank R of every module, >= 1.
+        scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank. `read` folds it in.
+        targets: which modules: None for all linear layers, a regular expression that matches whole module paths, or a list of paths or of
+            their last parts.
+        start: a skill to continue from; a module where its rank is above `rank` is truncated to it, optimally.
+
+    Returns:
+        The trainable parameters, A and B of every module.
+
+    Raises:
+        ValueError: no module matches, a module's layer cannot carry B @ A, or `start` adapts modules that are not targets.
+
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    detach(net)
+    names = _targets(net, targets)
+    if start is not None and (outside := [name for name in start if name not in names]):
+        raise ValueError(f"start adapts {outside}, which are not among the targets {names}: name them in `targets`")
+    _inject(net, dict.fromkeys(names, rank), scale)
+    for name, layer in _layers(net).items():
+        a, b = _factor(layer)
+        with torch.no_grad():
+            a.normal_(std=1 / math.sqrt(a[0].numel()))
+            b.zero_()
+            if start is not None and name in start:
+                _continue(a, b, start, name, scale)
+    return [tensor for layer in _layers(net).values() for tensor in _factor(layer)]
+
+
+def attach(net: nn.Module, skill: Skill) -> None:
+    """Put `skill` on `net` in place, frozen; what was on the net before is taken off.
+
+    Raises:
+        ValueError: the net lacks one of the skill's modules, its layer has another size, or it cannot carry B @ A; the net is unchanged.
+
+    """
+    modules = _plain_modules(net)
+    for name, (a, b) in skill.factors.items():
+        if name not in modules:
+            raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
+        _check_layer(name, modules[name])
+        expected, found = _layer_sizes(modules[name]), (b.shape[0], tuple(a.shape[1:]))
+        if expected != found:
+            raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
+        if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):
+            raise ValueError(f"module {name!r} is {type(modules[name]).__name__}, which the skill does not take it for (embeddings={sorted(skill.embeddings)})")
+    detach(net)
+    _inject(net, skill.ranks, 1.0)
+    for name, layer in _layers(net).items():
+        with torch.no_grad():
+            for live, stored in zip(_factor(layer), _shaped(layer, skill[name]), strict=True):
+                live.copy_(stored)
+                live.requires_grad_(False)
+
+
+def read(net: nn.Module) -> Skill:
+    """Skill that is on `net` (ours, or the one adapter that PEFT put there), its scale folded into A; a detached copy.
+
+    Raises:
+        ValueError: no skill, several adapters, or a variant that B @ A cannot represent (DoRA, a LoRA bias), named by module.
+
+    """
+    layers = _layers(net)
+    if not layers:
+        raise ValueError("there is no skill on this net: call fresh(net) or attach(net, skill) first")
+    factors: dict[str, Factor] = {}
+    for name, layer in layers.items():
+        _check_variant(name, layer)
+        a, b = _factor(layer)
+        scale = layer.scaling[_adapter(layer)]
+        folded = a.detach().clone() if scale == 1 else a.detach() * scale
+        factors[name] = (folded, b.detach().clone().flatten(1))
+    return Skill(factors, frozenset(name for name, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)))
+
+
+def detach(net: nn.Module) -> None:
+    """Take the skill off `net`, if there is one; the base layers stand where they stood."""
+    for name, layer in _layers(net).items():
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(net, "peft_config"):
+        del net.peft_config
+    net.__dict__.pop(MARK, None)
+
+
+def mark(net: nn.Module) -> object | None:
+    """Return an object that stands for the skill now on `net`: another one after every attach, None without a skill."""
+    return net.__dict__.get(MARK)
+
+
+def base_weights(net: nn.Module, modules: Sequence[str] | Skill) -> dict[str, Tensor]:
+    """`{module.weight: tensor}` of the base under the given modules, whether a skill is on them or not: what a base fingerprint is made of."""
+    plain = _plain_modules(net)
+    missing = [name for name in modules if name not in plain]
+    if missing:
+        raise ValueError(f"the net has no modules {_some(missing)}; it has {_some(list(_candidates(plain)))}")
+    return {f"{name}.weight": plain[name].weight.detach() for name in modules}
+
+
+def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Per adapted module the layer that reads the R rank channels and their dimension in its input: where a gate weights them.
+
+    Raises:
+        ValueError: an embedding layer, whose channels no layer reads.
+
+    """
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, layer in _layers(net).items():
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            raise ValueError(f"a gate cannot weight the embedding layer {name!r}: merge these skills, or train them without it")
+        found[name] = (layer.lora_B[_adapter(layer)], 1 if isinstance(base, CONVOLUTIONS) else -1)
+    return found
+
+
+def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=1,
+        target_modules="|".join(re.escape(name) for name in ranks),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: scale * rank for pattern, rank in patterns.items()},
+        fan_in_fan_out=any(isinstance(net.get_submodule(name), Conv1D) for name in ranks),
+    )
+    training = net.training
+    inject_adapter_in_model(config, net, ADAPTER)
+    net.train(training)
+    net.__dict__[MARK] = object()
+
+
+def _continue(a: Tensor, b: Tensor, start: Skill, name: str, scale: float) -> None:
+    one = Skill({name: start[name]}, start.embeddings & {name})
+    stored_a, stored_b = truncate(one, rank=a.shape[0])[name] if one.ranks[name] > a.shape[0] else one[name]
+    channels = stored_a.shape[0]
+    a[:channels].copy_(stored_a / scale)
+    b.view(b.shape[0], -1)[:, :channels].copy_(stored_b)
+
+
+def _layers(net: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _plain_modules(net: nn.Module) -> dict[str, nn.Module]:
+    """Modules by path as they were before a skill was put on, with the parts of PEFT's own layers left out."""
+    layers = _layers(net)
+    plain = {name: module for name, module in net.named_modules() if not any(name.startswith(f"{layer}.") for layer in layers)}
+    return {name: layers[name].get_base_layer() if name in layers else module for name, module in plain.items()}
+
+
+def _candidates(modules: dict[str, nn.Module]) -> Iterator[str]:
+    return (name for name, module in modules.items() if isinstance(module, SUPPORTED))
+
+
+def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
+    modules = _plain_modules(net)
+    match: Callable[[str], bool]
+    if targets is None:
+        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    else:
+        if isinstance(targets, str):
+            pattern = re.compile(targets)
+            match = lambda name: pattern.fullmatch(name) is not None  # noqa: E731
+        else:
+            match = lambda name: any(name == target or name.endswith(f".{target}") for target in targets)  # noqa: E731
+        names = [name for name in modules if name and match(name)]
+    if not names:
+        raise ValueError(f"no module of the net matches targets={targets!r}; it has {_some(list(_candidates(modules)))}")
+    for name in names:
+        _check_layer(name, modules[name])
+    return names
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if not isinstance(layer, SUPPORTED):
+        kinds = ", ".join(kind.__name__ for kind in SUPPORTED)
+        raise ValueError(f"module {name!r} is {type(layer).__name__}, which cannot carry B @ A: choose layers among {kinds}")
+    if isinstance(layer, CONVOLUTIONS) and layer.groups != 1:
+        raise ValueError(f"module {name!r} is a convolution with groups={layer.groups}, whose change is not B @ A: leave it out of the targets")
+
+
+def _check_variant(name: str, layer: LoraLayer) -> None:
+    if layer.use_dora.get(_adapter(layer), False) or len(layer.lora_magnitude_vector):
+        raise ValueError(f"module {name!r} carries DoRA, whose magnitude B @ A cannot represent: train it with use_dora=False")
+    if getattr(layer, "lora_bias", {}).get(_adapter(layer), False):
+        raise ValueError(f"module {name!r} carries a LoRA bias, which B @ A cannot represent: train it with lora_bias=False")
+
+
+def _adapter(layer: LoraLayer) -> str:
+    names = [*layer.lora_A, *layer.lora_embedding_A]
+    if len(names) != 1:
+        raise ValueError(f"a net holds one skill at a time, this one has the adapters {names}: delete all but one")
+    return names[0]
+
+
+def _factor(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Live parameters A (R, I, *kernel) and B (O, R, 1, ...)."""
+    name = _adapter(layer)
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _shaped(layer: LoraLayer, factor: Factor) -> Factor:
+    return factor[0], factor[1].reshape(_factor(layer)[1].shape)
+
+
+def _layer_sizes(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
+    """(O, (I, *kernel)) of a base layer."""
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, (layer.num_embeddings,)
+    shape = tuple(layer.weight.shape)
+    return (shape[1], (shape[0],)) if isinstance(layer, Conv1D) else (shape[0], shape[1:])
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,198 @@
+"""What a bank holds beside skills: bases and compositions, and how each kind lies in a version folder.
+
+`skill`: `adapter_config.json`, `adapter_model.safetensors`. `base`: `model.json`, `model.safetensors`. `composition`: `composition.json`, and
+`gate.safetensors` where the gate has weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from skillbank.bank.refs import did_you_mean
+from skillbank.bank.sealed import canonical, write_new
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skillbank.skill import Skill
+
+__all__ = ["Base", "Composition", "Thing", "base_fingerprint", "kind_of", "net_weights", "read_payload", "write_payload"]
+
+MODEL_FILE = "model.json"
+MODEL_WEIGHTS = "model.safetensors"
+COMPOSITION_FILE = "composition.json"
+GATE_WEIGHTS = "gate.safetensors"
+_NET = "net."
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen model.
+
+    Args:
+        model: resolved conf of the model, with the `_target_` that builds it.
+        tensors: its state dict; the weights that skills attach to are named `net.<module>.weight`.
+
+    Raises:
+        ValueError: no `_target_`, or no tensors.
+
+    """
+
+    model: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        _check_target("model", self.model)
+        if not self.tensors:
+            raise ValueError("a base needs the tensors of its state dict, got none")
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """A base and skills by reference, with the recipe of a merge or with a gate.
+
+    Args:
+        base: reference of the base.
+        skills: references of the skills, in the order of the weights and of the gate's outputs.
+        merge: arguments of a merge (method, weights, rank, ...); None where a gate weights the skills.
+        gate: resolved conf of the gate, with its `_target_`; None where a merge does.
+        tensors: the gate's state dict; may be empty.
+
+    Raises:
+        ValueError: no skills, both or neither of merge and gate, tensors without a gate, or another number of weights than skills.
+
+    """
+
+    base: str
+    skills: tuple[str, ...]
+    merge: Mapping[str, Any] | None = None
+    gate: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skills", tuple(str(skill) for skill in self.skills))
+        object.__setattr__(self, "base", str(self.base))
+        if not self.skills:
+            raise ValueError("a composition needs at least one skill, got none")
+        if (self.merge is None) == (self.gate is None):
+            raise ValueError(f"a composition has either a merge or a gate, got merge={self.merge} and gate={self.gate}")
+        if self.gate is not None:
+            _check_target("gate", self.gate)
+        elif self.tensors:
+            raise ValueError(f"tensors are the gate's weights, but this composition is a merge: {sorted(self.tensors)}")
+        if self.weights is not None and len(self.weights) != len(self.skills):
+            raise ValueError(f"got {len(self.weights)} weights for {len(self.skills)} skills: give one weight per skill")
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weights of a merge, one per skill, where its recipe has them."""
+        return list(self.merge["weights"]) if self.merge is not None and self.merge.get("weights") is not None else None
+
+
+Thing: TypeAlias = "Skill | Base | Composition"
+"""What a bank holds."""
+
+
+def kind_of(thing: object) -> str:
+    """`base`, `skill` or `composition`.
+
+    Raises:
+        TypeError: something that a bank does not hold.
+
+    """
+    from skillbank.skill import Skill
+
+    for kind, each in (("base", Base), ("skill", Skill), ("composition", Composition)):
+        if isinstance(thing, each):
+            return kind
+    raise TypeError(f"a bank holds Skill, Base and Composition, got {type(thing).__name__}")
+
+
+def base_fingerprint(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> str:
+    """SHA-256 of the base weights that a skill touches, the same on any machine.
+
+    Args:
+        tensors: state dict of the net, `<module>.weight` for every module.
+        modules: the modules that the skill adapts.
+
+    Raises:
+        ValueError: the base has no weight for one of the modules.
+
+    """
+    from skillbank.skill import digest
+
+    chosen: dict[str, Tensor] = {}
+    for module in modules:
+        key = f"{module}.weight"
+        if key not in tensors:
+            known = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+            raise ValueError(f"the base has no module {module!r} with a weight, but the skill adapts it: {did_you_mean(module, known)}")
+        chosen[key] = tensors[key]
+    return digest(chosen)
+
+
+def net_weights(folder: Path, modules: Iterable[str]) -> dict[str, Tensor]:
+    """`<module>.weight` of a stored base, for those of the modules that it has; nothing else of it is read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / MODEL_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            wanted = {f"{_NET}{module}.weight" for module in modules}.intersection(file.keys())
+            return {name.removeprefix(_NET): file.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapter: Mapping[str, Any]) -> None:
+    """Write what `thing` is into an empty folder; its content hash is taken over these files.
+
+    Args:
+        thing: what to write.
+        folder: an empty folder.
+        parents: content hash of every reference that a composition names.
+        adapter: options of `write_adapter`.
+
+    """
+    from skillbank.adapter import unshared, write_adapter
+    from skillbank.tensors import save_tensors
+
+    if isinstance(thing, Base):
+        save_tensors(folder / MODEL_WEIGHTS, unshared(thing.tensors), {"format": "pt"})
+        write_new(folder / MODEL_FILE, canonical(dict(thing.model), "the model's conf"))
+    elif isinstance(thing, Composition):
+        body = {
+            "base": {"ref": thing.base, "hash": parents[thing.base]},
+            "skills": [{"ref": ref, "hash": parents[ref]} for ref in thing.skills],
+            "merge": None if thing.merge is None else dict(thing.merge),
+            "gate": None if thing.gate is None else dict(thing.gate),
+        }
+        write_new(folder / COMPOSITION_FILE, canonical(body, "the composition"))
+        if thing.tensors:
+            save_tensors(folder / GATE_WEIGHTS, unshared(thing.tensors), {"format": "pt"})
+    else:
+        write_adapter(thing, folder, **adapter)
+
+
+def read_payload(kind: str, folder: Path) -> Thing:
+    """Read what `write_payload` wrote; the caller has checked the hashes of the files."""
+    from skillbank.adapter import read_adapter
+    from skillbank.tensors import load_tensors
+
+    if kind == "base":
+        return Base(json.loads((folder / MODEL_FILE).read_bytes()), load_tensors(folder / MODEL_WEIGHTS)[0])
+    if kind == "skill":
+        return read_adapter(folder)
+    body = json.loads((folder / COMPOSITION_FILE).read_bytes())
+    gate = folder / GATE_WEIGHTS
+    skills = tuple(skill["ref"] for skill in body["skills"])
+    return Composition(body["base"]["ref"], skills, body["merge"], body["gate"], load_tensors(gate)[0] if gate.exists() else {})
+
+
+def _check_target(what: str, conf: Mapping[str, Any]) -> None:
+    if not isinstance(conf.get("_target_"), str):
+        raise ValueError(f"the conf of a {what} needs the '_target_' that builds it, got the keys {sorted(map(str, conf))}")

@@ -1,0 +1,77 @@
+"""Sealed JSON: a canonical text that carries its own SHA-256, so that no byte of it can change unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["canonical", "file_digest", "fsync", "seal", "unseal", "write_new"]
+
+_LARGEST = 16 * 2**20
+
+
+def canonical(value: object, what: str = "value") -> bytes:
+    """JSON with sorted keys, two spaces and a final newline, in UTF-8: equal values give equal bytes.
+
+    Raises:
+        ValueError: a value that JSON has no word for (a tensor, NaN, an infinity); the message calls it `what`.
+
+    """
+    try:
+        plain = json.loads(json.dumps(value, allow_nan=False))  # keys become strings before they are sorted
+        return (json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be written as JSON ({error}): use strings, finite numbers, booleans, lists and mappings") from None
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Canonical bytes of `body` with a `seal`: the SHA-256 of its canonical bytes without the seal."""
+    return canonical({**body, "seal": hashlib.sha256(canonical(body)).hexdigest()})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Body of sealed bytes; inverse of `seal`.
+
+    Raises:
+        ValueError: the bytes are not what `seal` wrote.
+
+    """
+    if len(data) > _LARGEST:
+        raise ValueError(f"has {len(data)} bytes, more than the {_LARGEST} that are read")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("is not valid JSON") from None
+    if not isinstance(body, dict) or "seal" not in body:
+        raise ValueError("has no seal")
+    del body["seal"]
+    if seal(body) != data:
+        raise ValueError("does not match its seal: it was changed after it was written")
+    return body
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that must not exist yet, down to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

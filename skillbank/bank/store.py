@@ -1,0 +1,348 @@
+"""The bank: a folder of immutable versions.
+
+`<root>/<name>/<version>/` holds one version, `<root>/<name>/aliases.json` the aliases of a name. The listing of the folders is the index. A
+version is written into a hidden folder beside and renamed, so readers need no lock and never see half of one; a second writer of the same
+number takes the next.
+
+Nothing here imports torch until a tensor is read or written, so that listing is fast.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fnmatch
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillbank.bank.card import CARD_FILE, KINDS, README_FILE, Card, content_hash, readme, tool_versions
+from skillbank.bank.links import common_base, links
+from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
+from skillbank.bank.refs import Ref, UnknownRef, check_alias, check_name, did_you_mean, parse_version
+from skillbank.bank.sealed import canonical, file_digest, fsync, seal, unseal, write_new
+
+if TYPE_CHECKING:
+    from skillbank.bank.verify import Problem
+
+__all__ = ["Bank", "Entry"]
+
+ALIASES_FILE = "aliases.json"
+_ALIAS_FORMAT = 1
+_EXTRA = frozenset({"base", "parents", "conf", "data", "metrics", "tags", "license", "notes"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a listing."""
+
+    ref: Ref
+    card: Card
+
+
+class Bank:
+    """A versioned folder of bases, skills and compositions.
+
+    Args:
+        root: the folder; made by the first `put`. `~` is expanded.
+
+    Raises:
+        ValueError: a URL, or a path that is a file.
+
+    """
+
+    def __init__(self, root: str | os.PathLike[str] = "adapters") -> None:
+        if "://" in str(root):
+            raise ValueError(f"{str(root)!r} is a URL: this version of skillbank opens local folders only")
+        self.root = Path(root).expanduser()
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"{str(self.root)!r} is a file: a bank is a folder")
+
+    def __repr__(self) -> str:
+        """Return `Bank('adapters')`."""
+        return f"Bank({str(self.root)!r})"
+
+    # Reading: names, references, cards.
+
+    def names(self) -> Iterator[tuple[str, builtins.list[int]]]:
+        """Every name with its versions, both in order.
+
+        Raises:
+            FileNotFoundError: there is no bank at the root.
+
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no bank at {str(self.root)!r}: give the folder of a bank, or put something into it first")
+        yield from self._walk("")
+
+    def versions(self, name: str) -> builtins.list[int]:
+        """Version numbers of a name, ascending; empty where there is none."""
+        folder = self.root / check_name(name)
+        if not folder.is_dir():
+            return []
+        return sorted(number for entry in os.scandir(folder) if (number := _version(entry)) is not None)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """`{alias: version}` of a name.
+
+        Raises:
+            ValueError: the file of the aliases is damaged.
+
+        """
+        path = self.root / check_name(name) / ALIASES_FILE
+        try:
+            body = unseal(path.read_bytes())
+            if body.get("format") != _ALIAS_FORMAT or not isinstance(body.get("aliases"), dict):
+                raise ValueError(f"has format {body.get('format')!r}, this skillbank reads {_ALIAS_FORMAT}: update skillbank")
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise ValueError(f"{name}: {ALIASES_FILE} {error}") from None
+        return dict(sorted(body["aliases"].items()))
+
+    def resolve(self, ref: str | Ref) -> Ref:
+        """Return the exact reference that `ref` means now.
+
+        Raises:
+            UnknownRef: it means nothing; the message says what is close.
+            ValueError: not a reference, or a content prefix that several contents share.
+
+        """
+        ref = Ref.parse(ref)
+        if ref.content is not None:
+            return self._by_content(ref, ref.content)
+        versions = self.versions(ref.name)
+        if not versions:
+            raise UnknownRef(f"no {ref.name!r} in {self}: {did_you_mean(ref.name, (name for name, _ in self.names()))}")
+        if ref.version is None:
+            return Ref(ref.name, versions[-1])
+        if isinstance(ref.version, str):
+            aliases = self.aliases(ref.name)
+            if ref.version not in aliases:
+                raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r}: {did_you_mean(ref.version, aliases)}")
+            ref = Ref(ref.name, aliases[ref.version])
+        if ref.version not in versions:
+            raise UnknownRef(f"{ref.name!r} has no version {ref.version}: there is {', '.join(map(str, versions))}")
+        return ref
+
+    def path(self, ref: str | Ref) -> Path:
+        """Folder of a version, which PEFT can load."""
+        ref = self.resolve(ref)
+        return self.root / ref.name / str(ref.number)
+
+    def card(self, ref: str | Ref) -> Card:
+        """Card of a version.
+
+        Raises:
+            ValueError: the card is missing or was changed.
+
+        """
+        return self._card(self.resolve(ref))
+
+    def list(self, kind: str | None = None, pattern: str | None = None) -> builtins.list[Entry]:
+        """Every version of a kind, of the names that match a shell pattern such as `walker/*`, by name and number."""
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: a bank holds {', '.join(KINDS)}")
+        names = [(name, numbers) for name, numbers in self.names() if pattern is None or fnmatch.fnmatchcase(name, pattern)]
+        entries = [Entry(ref, self._card(ref)) for name, numbers in names for ref in (Ref(name, number) for number in numbers)]
+        return [entry for entry in entries if kind is None or entry.card.kind == kind]
+
+    def base_of(self, refs: Iterable[str | Ref]) -> Ref:
+        """Exact reference of the base that all of `refs` share; a ValueError names the bases where they differ."""
+        return common_base(self, refs)
+
+    def lineage(self, ref: str | Ref) -> dict[str, Any]:
+        """Where a version comes from: `{"ref", "kind", "hash", "weight", "base", "parents"}`, base and parents of the same form or None."""
+        return self._lineage(self.resolve(ref), None)
+
+    def verify(self, ref: str | Ref | None = None) -> builtins.list[Problem]:
+        """Check every byte of a version, or of the whole bank, and its links; an empty list says that all is well."""
+        from skillbank.bank.verify import verify
+
+        return verify(self, ref)
+
+    def get(self, ref: str | Ref) -> Thing:
+        """Read a skill, a base or a composition, after checking every file and every link of the version against its card.
+
+        Raises:
+            UnknownRef: no such version.
+            ValueError: a file is missing or was changed, or a link is broken; the message names version and file.
+
+        """
+        from skillbank.bank.verify import check_files, check_links
+
+        ref = self.resolve(ref)
+        card = self._card(ref)
+        problems = [*check_files(self, ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
+        if problems:
+            raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
+        return read_payload(card.kind, self.path(ref))
+
+    # Writing.
+
+    def put(self, thing: Thing, name: str, *, card: Mapping[str, Any] | None = None, adapter: Mapping[str, Any] | None = None) -> Ref:
+        """Store a new version, or find the one that holds the same already.
+
+        Args:
+            thing: a Skill, a Base or a Composition.
+            name: such as `walker/walk`.
+            card: `base` (a reference or `{"ref", "fingerprint"}`, or `{"name", "fingerprint"}` of one outside the bank; a composition has its
+                own), `parents` (references, or `{"ref", "weight", "hash"}`), `conf`, `data`, `metrics`, `tags`, `license`, `notes`.
+            adapter: options of `write_adapter` (base_name, fan_in_fan_out, task_type).
+
+        Returns:
+            The exact reference. The same kind, content and base under the same name give the same reference and nothing is written.
+
+        Raises:
+            UnknownRef: a base or parent that the bank does not have.
+            ValueError: a name, a field or a value that cannot be stored, or a base without a module that the skill adapts.
+            PermissionError: the bank is not writable.
+
+        """
+        check_name(name)
+        extra = dict(card or {})
+        unknown = set(extra) - _EXTRA
+        if unknown:
+            raise ValueError(f"the card has no field {min(unknown)!r}: {did_you_mean(min(unknown), _EXTRA)}")
+        for key, value in extra.items():
+            if key not in ("base", "parents"):
+                canonical(value, f"card field {key!r}")
+        thing, base, parents = links(self, thing, extra.pop("base", None), extra.pop("parents", ()))
+        hashes = {str(link["ref"]): str(link["hash"]) for link in (base, *parents) if link is not None}
+        with self._temporary() as folder:
+            write_payload(thing, folder, hashes, adapter or {})
+            files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
+            made = Card(kind=kind_of(thing), hash=content_hash(files), files=files, base=base, parents=parents)
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            made = replace(made, **{**extra, "tags": tuple(extra.get("tags", ()))}, tools=tool_versions(), created=created)
+            return self._publish(folder, name, made)
+
+    def alias(self, name: str, alias: str, version: int) -> Ref:
+        """Point an alias of a name at one of its versions; it may be moved later.
+
+        Raises:
+            UnknownRef: no such name or version.
+            PermissionError: the bank is not writable.
+
+        """
+        from filelock import FileLock
+
+        ref = self.resolve(Ref(name, version))
+        check_alias(alias)
+        folder = self.root / name
+        with self._writing(), FileLock(folder / ".aliases.lock"):
+            body = {"format": _ALIAS_FORMAT, "aliases": {**self.aliases(name), alias: ref.number}}
+            temporary = folder / f".aliases-{uuid.uuid4().hex}"
+            write_new(temporary, seal(body))
+            temporary.replace(folder / ALIASES_FILE)
+            fsync(folder)
+        return ref
+
+    # Within.
+
+    def _walk(self, name: str) -> Iterator[tuple[str, builtins.list[int]]]:
+        numbers: builtins.list[int] = []
+        deeper: builtins.list[str] = []
+        for entry in os.scandir(self.root / name):
+            number = _version(entry)
+            if number is not None:
+                numbers.append(number)
+            elif not entry.name.startswith(".") and not entry.name.isdigit() and entry.is_dir(follow_symlinks=False):
+                deeper.append(entry.name)
+        if name and numbers:
+            yield name, sorted(numbers)
+        for each in sorted(deeper):
+            yield from self._walk(f"{name}/{each}" if name else each)
+
+    def _card(self, ref: Ref) -> Card:
+        try:
+            return Card.from_bytes((self.root / ref.name / str(ref.number) / CARD_FILE).read_bytes())
+        except FileNotFoundError:
+            raise ValueError(f"{ref}: {CARD_FILE} is missing") from None
+        except ValueError as error:
+            raise ValueError(f"{ref}: {CARD_FILE} {error}") from None
+
+    def _by_content(self, ref: Ref, prefix: str) -> Ref:
+        names = [(ref.name, self.versions(ref.name))] if ref.name else list(self.names())
+        found = [
+            (card.hash, each)
+            for name, numbers in names
+            for each in (Ref(name, number) for number in numbers)
+            if (card := self._card(each)).hash.startswith(prefix)
+        ]
+        if not found:
+            raise UnknownRef(f"no content {str(ref)!r} in {self}: `skillbank list` and `skillbank show` say what there is")
+        if len({content for content, _ in found}) > 1:
+            listed = ", ".join(f"{each} ({content[:16]})" for content, each in found[:5])
+            raise ValueError(f"{str(ref)!r} is ambiguous, it fits {listed}: give more digits")
+        return found[0][1]
+
+    def _lineage(self, ref: Ref, weight: float | None) -> dict[str, Any]:
+        card = self._card(ref)
+        base = None if card.base is None or card.base["ref"] is None else self._lineage(self.resolve(card.base["ref"]), None)
+        parents = [self._lineage(self.resolve(parent["ref"]), parent["weight"]) for parent in card.parents]
+        return {"ref": str(ref), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
+
+    def _publish(self, folder: Path, name: str, card: Card) -> Ref:
+        """Finish a version in its temporary folder and rename it to the next free number."""
+        write_new(folder / README_FILE, readme(name, card).encode())
+        card = replace(card, files={**card.files, README_FILE: _entry(folder / README_FILE)})
+        write_new(folder / CARD_FILE, card.to_bytes())
+        for path in folder.iterdir():
+            fsync(path)
+        fsync(folder)
+        parent = self.root / name
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            numbers = self.versions(name)
+            for number in numbers:
+                other = self._card(Ref(name, number))
+                if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
+                    return Ref(name, number)
+            number = max(numbers, default=0) + 1
+            try:
+                folder.rename(parent / str(number))
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                continue
+            fsync(parent)
+            return Ref(name, number)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        folder = self.root / f".tmp-{uuid.uuid4().hex}"
+        with self._writing():
+            folder.mkdir(parents=True)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise PermissionError(f"{self} is not writable: {error.strerror} ({error.filename}); nothing was stored") from error
+            raise
+
+
+def _version(entry: os.DirEntry[str]) -> int | None:
+    """Version number of a folder that holds something."""
+    number = parse_version(entry.name)
+    if number is None or not entry.is_dir(follow_symlinks=False):
+        return None
+    with os.scandir(entry.path) as inside:
+        return number if any(not each.name.startswith(".") for each in inside) else None
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "size": path.stat().st_size}

@@ -1,0 +1,127 @@
+"""What can be wrong in a bank, found and named: files, cards, links and base weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from skillbank.bank.card import CARD_FILE, Card, content_hash
+from skillbank.bank.links import recompute_fingerprint
+from skillbank.bank.records import read_payload
+from skillbank.bank.refs import Ref
+from skillbank.bank.sealed import file_digest
+
+if TYPE_CHECKING:
+    from skillbank.bank.store import Bank
+
+__all__ = ["Problem", "check_files", "check_links", "verify"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: in which version, in which file, and what."""
+
+    ref: str
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.ref}: {self.file} {self.what}"
+
+
+def verify(bank: Bank, ref: str | Ref | None = None) -> list[Problem]:
+    """Every problem of one version, or of all versions and aliases."""
+    if ref is not None:
+        return list(_check_version(bank, bank.resolve(ref)))
+    problems: list[Problem] = []
+    for name, numbers in bank.names():
+        problems += _check_aliases(bank, name, numbers)
+        for number in numbers:
+            problems += _check_version(bank, Ref(name, number))
+    return problems
+
+
+def check_files(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
+    """Files that are missing, strange, or not what the card says."""
+    folder = bank.path(ref)
+    present = {entry.name: entry for entry in os.scandir(folder)}
+    for name in sorted(set(present) - set(card.files) - {CARD_FILE}):
+        yield Problem(str(ref), name, "is not in the card: take it out of the folder")
+    for name, entry in sorted(card.files.items()):
+        if name not in present:
+            yield Problem(str(ref), name, "is missing")
+        elif not present[name].is_file(follow_symlinks=False):
+            yield Problem(str(ref), name, "is no plain file")
+        elif present[name].stat().st_size != entry["size"]:
+            yield Problem(str(ref), name, f"has {present[name].stat().st_size} bytes, its card says {entry['size']}")
+        elif file_digest(folder / name) != entry["sha256"]:
+            yield Problem(str(ref), name, "does not match the hash in its card: it was changed after it was written")
+    if content_hash(card.files) != card.hash:
+        yield Problem(str(ref), CARD_FILE, "has a content hash that its own files do not give")
+
+
+def check_links(bank: Bank, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:
+    """Base and parents that have another content than the card says or, where `missing`, that are gone."""
+    links = [("parent", parent["ref"], parent["hash"]) for parent in card.parents]
+    if card.base is not None and card.base["ref"] is not None:
+        links.insert(0, ("base", card.base["ref"], str(card.base["hash"])))
+    for role, text, content in links:
+        try:
+            found = bank.card(text).hash
+        except KeyError:
+            if missing:
+                yield Problem(str(ref), CARD_FILE, f"names the {role} {text!r}, which is not in the bank")
+            continue
+        except ValueError as error:
+            yield Problem(str(ref), CARD_FILE, f"names the {role} {text!r}, which is damaged ({error})")
+            continue
+        if found != content:
+            yield Problem(str(ref), CARD_FILE, f"names the {role} {text!r} with content {content[:12]}, but the bank has {found[:12]} there")
+
+
+def _check_version(bank: Bank, ref: Ref) -> Iterator[Problem]:
+    try:
+        card = bank.card(ref)
+    except ValueError as error:
+        yield Problem(str(ref), CARD_FILE, str(error).removeprefix(f"{ref}: {CARD_FILE} "))
+        return
+    problems = list(check_files(bank, ref, card))
+    yield from problems
+    yield from check_links(bank, ref, card)
+    if not problems:
+        yield from _check_content(bank, ref, card)
+
+
+def _check_content(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
+    """Read what intact files hold, and compare the base's weights with the fingerprint."""
+    try:
+        read_payload(card.kind, bank.path(ref))
+    except (ValueError, KeyError, OSError) as error:
+        yield Problem(str(ref), min(set(card.files), default=CARD_FILE), f"cannot be read: {error}")
+        return
+    if card.base is None or card.base["ref"] is None:
+        return
+    base, expected = card.base["ref"], str(card.base["fingerprint"])
+    try:
+        found = recompute_fingerprint(bank, ref, card)
+    except KeyError:
+        return  # a link to nothing, which check_links names
+    except (ValueError, OSError) as error:
+        yield Problem(str(ref), CARD_FILE, f"cannot be compared with its base {base!r}: {error}")
+        return
+    if found != expected:
+        yield Problem(str(ref), CARD_FILE, f"fits a base with fingerprint {expected[:12]}, but {base!r} has {found[:12]}")
+
+
+def _check_aliases(bank: Bank, name: str, numbers: list[int]) -> Iterator[Problem]:
+    try:
+        aliases = bank.aliases(name)
+    except ValueError as error:
+        yield Problem(name, "aliases.json", str(error).removeprefix(f"{name}: aliases.json "))
+        return
+    for alias, number in aliases.items():
+        if number not in numbers:
+            yield Problem(name, "aliases.json", f"points {alias!r} at version {number}, which is not in the bank")

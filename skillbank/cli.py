@@ -1,0 +1,150 @@
+"""The command line: `skillbank list | show | log | verify`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import typer
+
+from skillbank.bank import Bank, Card, Ref, UnknownRef
+from skillbank.bank.card import KINDS, flat, weighted
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["app", "main", "user_errors"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="A versioned bank of LoRA skills.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank.")]
+_DEFAULT = Path("adapters")
+_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, PermissionError)
+
+
+def user_errors(run: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a command: a user's error becomes one line on stderr and exit code 1, any other error keeps its traceback."""
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(*args, **kwargs)
+        except _USER_ERRORS as error:
+            sys.stderr.write(f"skillbank: {error}\n")
+            raise SystemExit(1) from None
+
+    return wrapped
+
+
+@user_errors
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command("list")
+def list_(
+    bank: _BankOption = _DEFAULT,
+    kind: Annotated[str | None, typer.Option(help=f"Only this kind: {', '.join(KINDS)}.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Only names that match, such as 'walker/*'.")] = None,
+) -> None:
+    """List the newest version of every name."""
+    newest = {entry.ref.name: entry for entry in Bank(bank).list(kind, pattern)}
+    table = _table("ref", "kind", "base", "parents", "metrics", "created")
+    for entry in newest.values():
+        card = entry.card
+        table.add_row(str(entry.ref), card.kind, _base(card), str(len(card.parents) or ""), _metrics(card), card.created[:10])
+    _print(table)
+
+
+@app.command()
+def show(ref: str, bank: _BankOption = _DEFAULT) -> None:
+    """Show the card of one version."""
+    store = Bank(bank)
+    exact = store.resolve(ref)
+    card = store.card(exact)
+    table = _table("field", "value", title=str(exact))
+    for key, value in _fields(card):
+        table.add_row(key, value)
+    for alias, number in store.aliases(exact.name).items():
+        if number == exact.number:
+            table.add_row("alias", alias)
+    for name, entry in sorted(card.files.items()):
+        table.add_row(f"file {name}", f"{entry['size']:,} bytes")
+    _print(table)
+
+
+@app.command()
+def log(name: str, bank: _BankOption = _DEFAULT) -> None:
+    """Show every version of a name, newest first, with aliases and parents."""
+    store = Bank(bank)
+    store.resolve(Ref(name))
+    aliases = store.aliases(name)
+    table = _table("ref", "aliases", "content", "base", "parents", "metrics", "created")
+    for number in reversed(store.versions(name)):
+        card = store.card(Ref(name, number))
+        parents = ", ".join(map(weighted, card.parents))
+        marks = ", ".join(alias for alias, each in aliases.items() if each == number)
+        table.add_row(str(Ref(name, number)), marks, card.hash[:12], _base(card), parents, _metrics(card), card.created)
+    _print(table)
+
+
+@app.command()
+def verify(ref: Annotated[str | None, typer.Argument(help="One version; the whole bank without it.")] = None, bank: _BankOption = _DEFAULT) -> None:
+    """Check every byte of a version, or of the bank; exit code 1 when something is wrong."""
+    store = Bank(bank)
+    problems = store.verify(ref)
+    for problem in problems:
+        typer.echo(str(problem), err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{store.resolve(ref)} is intact" if ref else f"{sum(len(numbers) for _, numbers in store.names())} versions are intact")
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(table)
+
+
+def _base(card: Card) -> str:
+    return "" if card.base is None else card.base["ref"] or card.base["name"] or ""
+
+
+def _metrics(card: Card) -> str:
+    return ", ".join(f"{key} {value}" for key, value in list(flat(card.metrics))[:2])
+
+
+def _fields(card: Card) -> list[tuple[str, str]]:
+    rows = [("kind", card.kind), ("content", f"sha256:{card.hash}"), ("created", card.created)]
+    if card.base is not None:
+        rows += [("base", _base(card)), ("base fingerprint", card.base["fingerprint"] or "unknown")]
+    rows += [("parent", weighted(each)) for each in card.parents]
+    rows += [("notes", card.notes), ("tags", ", ".join(card.tags)), ("license", card.license or "")]
+    for title, values in (("metric", card.metrics), ("data", card.data), ("conf", card.conf), ("tool", card.tools)):
+        rows += [(f"{title} {key}", value) for key, value in flat(values)]
+    return [(key, value) for key, value in rows if value]
+
+
+if __name__ == "__main__":
+    main()

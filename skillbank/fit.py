@@ -1,0 +1,372 @@
+"""The only training loop: a base, a skill and a gate are three sets of parameters of it.
+
+Every step is a pure function of the parameters, the optimiser's state, the seed and the step's number (the random state is set anew from the
+last two), so a run that was killed anywhere and is started again gives the same losses as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from skillbank.model import Batch, Batches
+from skillbank.tensors import load_tensors, save_tensors
+
+__all__ = ["Fit", "fit", "run_folder", "validation_loss"]
+
+CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training run came to: the rows of its metrics file and how long it took.
+
+    Args:
+        rows: one dict per logged step with `step`, `loss` (mean since the row before), `lr`, and `validation` where it was computed.
+        steps: optimiser steps in total.
+        seconds: wall time of this call; less than the whole where it resumed.
+
+    """
+
+    rows: list[dict[str, float]] = field(repr=False)
+    steps: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Last logged loss."""
+        return self.rows[-1]["loss"]
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    params: Iterable[nn.Parameter],
+    *,
+    steps: int,
+    lr: float = 3e-4,
+    weight_decay: float = 1e-4,
+    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule_steps: int | None = None,
+    warmup: int = 0,
+    ema: float | None = 0.999,
+    clip: float | None = None,
+    accumulate: int = 1,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 0,
+    folder: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    log_every: int = 100,
+    validate: Callable[[], float] | None = None,
+    validate_every: int = 1000,
+    tracker: str | None = None,
+    run: dict | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train `params` of `model` and nothing else; the EMA of the parameters, if asked for, is what stays in the model.
+
+    AdamW with betas (0.9, 0.999) and one weight decay for all of `params`. The EMA's decay at step n is `min(ema, (1 + n) / (10 + n))`, so that
+    a short run is not held back by its start.
+
+    Args:
+        model: a `Model`; `forward(batch)` is the loss.
+        batches: `batches(i)` yields the batches of index i, i + 1, ... on any device.
+        params: the parameters to train, all of them in `model`. All others are frozen for the time of the call.
+        steps: optimiser steps.
+        lr: learning rate after `warmup` linear steps, then falling by a half cosine over `schedule_steps` (default: `steps`), or constant.
+        weight_decay: decoupled decay.
+        schedule: `cosine` or `constant`.
+        schedule_steps: length of the cosine.
+        warmup: linear warm-up steps.
+        ema: upper bound of the EMA's decay, None for no EMA.
+        clip: largest gradient norm, None for no clipping.
+        accumulate: batches per optimiser step and process.
+        precision: mixed precision of the forward pass.
+        device: where to train; `auto` takes a GPU if there is one.
+        seed: of everything random in the steps.
+        folder: where `metrics.jsonl` and the checkpoint go; a run found there is resumed. None keeps nothing.
+        checkpoint_every: steps between checkpoints; one is also written when the run is interrupted from the keyboard.
+        log_every: steps per row of the metrics.
+        validate: computes a validation loss of the model as it is (called with the EMA in place).
+        validate_every: steps between its calls; it is also called at the end.
+        tracker: name of an accelerate tracker, for example "wandb"; offline unless one is logged in.
+        run: project, name and conf for the tracker.
+        progress: show a bar with loss, steps per second and time left.
+
+    Raises:
+        ValueError: no parameters, parameters that are not the model's, a checkpoint of a run with other settings in `folder`, or a GPU that
+            is not there.
+        FloatingPointError: the loss is not finite; the last checkpoint stands.
+
+    """
+    trained = _named(model, params)
+    settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
+    settings |= {"warmup": warmup, "ema": ema, "clip": clip, "accumulate": accumulate, "precision": precision, "seed": seed}
+    accelerator = _accelerator(device, precision, accumulate, tracker)
+    started = time.perf_counter()
+    with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run):
+        optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=weight_decay, fused=True)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        state = _State(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
+        state.resume()
+        world, rank = accelerator.num_processes, accelerator.process_index
+        stream = islice(batches(state.step * accumulate * world + rank), 0, None, world)
+        curve = _curve(lr, schedule, warmup, schedule_steps or steps)
+        bar = tqdm(total=steps, initial=state.step, disable=not (progress and accelerator.is_main_process), desc="fit", unit="step", mininterval=0.5)
+        try:
+            while state.step < steps:
+                _set_lr(optimizer, curve(state.step))
+                torch.manual_seed(((seed * 1_000_003 + state.step) * 4096 + rank) % 2**63)
+                state.losses.append(_step(accelerator, wrapped, optimizer, stream, accumulate, trained.values(), clip))
+                state.advance()
+                bar.update()
+                if state.step % log_every == 0 or state.step == steps:
+                    row = _row(accelerator, state, curve(state.step - 1))
+                    if validate and (state.step % validate_every < log_every or state.step == steps):
+                        with state.averaged():
+                            row["validation"] = validate()
+                    state.log(row, accelerator)
+                    bar.set_postfix({key: f"{row[key]:.4f}" for key in ("loss", "validation") if key in row})
+                if state.step % checkpoint_every == 0 or state.step == steps:
+                    state.save(accelerator)
+        except KeyboardInterrupt:
+            state.save(accelerator)
+            raise
+        finally:
+            bar.close()
+        state.finish()
+    return Fit(state.rows, steps, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0, repeats: int = 4) -> float:
+    """Mean loss over held-out batches, each seen `repeats` times with its own noise; the same seed draws the same noise for every model."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = rows = 0.0
+    with _random_state():
+        torch.manual_seed(seed)
+        for batch in batches:
+            count = len(next(iter(batch.values())))
+            for _ in range(repeats):
+                total += float(model({key: value.to(device) for key, value in batch.items()})) * count
+                rows += count
+    model.train(training)
+    if not rows:
+        raise ValueError("there are no held-out batches: set aside some examples (for control tasks: held_out=...)")
+    return total / rows
+
+
+def run_folder(kind: str, name: str, made_from: object) -> Path:
+    """Folder of a run under `runs/`: the same command finds the same folder again and resumes, any other gets a new one."""
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+    return Path("runs") / kind / name / key[:10]
+
+
+class _State:
+    """What a checkpoint holds: parameters, moments, EMA, step, and the rows of the metrics file."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict, folder: Path | None) -> None:
+        self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
+        self.step = 0
+        self.rows: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+        self.shadow = [p.detach().clone() for p in trained.values()] if ema is not None else []
+        for p in trained.values():
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def advance(self) -> None:
+        if self.ema is not None:
+            decay = min(self.ema, (1 + self.step) / (10 + self.step))
+            get_ema_multi_avg_fn(decay)(self.shadow, [p.detach() for p in self.trained.values()], self.step)
+        self.step += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        flat = {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
+        for i, (name, p) in enumerate(self.trained.items()):
+            flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
+            if self.shadow:
+                flat[f"ema/{name}"] = self.shadow[i]
+        return flat
+
+    def save(self, accelerator: Accelerator) -> None:
+        if self.folder is None or not accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        notes = {"step": str(self.step), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
+        save_tensors(self.folder / CHECKPOINT, self.tensors(), notes)
+
+    def resume(self) -> None:
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return
+        stored, notes = load_tensors(self.folder / CHECKPOINT)
+        if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
+            here = {key: self.settings[key] for key in other}
+            raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
+        if missing := {key for key in self.tensors() if key not in stored}:
+            raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has no {sorted(missing)[0]!r}; use another folder")
+        with torch.no_grad():
+            for name, live in self.tensors().items():
+                if name != "losses":
+                    live.copy_(stored[name])
+        self.losses = list(stored["losses"])
+        self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
+        (self.folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, row: dict[str, float], accelerator: Accelerator) -> None:
+        if not math.isfinite(row["loss"]):
+            where = f"; the last checkpoint is in {self.folder}" if self.folder else ""
+            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}: lower the learning rate or clip the gradient{where}")
+        self.rows.append(row)
+        self.losses.clear()
+        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
+        if self.folder is not None and accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / METRICS).open("w" if len(self.rows) == 1 else "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """EMA in the model for the time of the block."""
+        raw = [p.detach().clone() for p in self.trained.values()]
+        self.finish()
+        yield
+        _copy(raw, self.trained.values())
+
+    def finish(self) -> None:
+        if self.shadow:
+            _copy(self.shadow, self.trained.values())
+
+
+def _step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    accumulate: int,
+    params: Iterable[nn.Parameter],
+    clip: float | None,
+) -> Tensor:
+    """One optimiser step; the mean loss of its batches, detached."""
+    model.train()
+    total = None
+    for _ in range(accumulate):
+        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(stream).items()}
+        with accelerator.accumulate(model):
+            loss = model(batch)
+            accelerator.backward(loss)
+            if clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(params, clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total / accumulate
+
+
+def _row(accelerator: Accelerator, state: _State, lr: float) -> dict[str, float]:
+    loss = accelerator.reduce(torch.stack(state.losses).mean(), "mean")
+    return {"step": state.step, "loss": float(loss), "lr": lr}
+
+
+def _named(model: nn.Module, params: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    wanted = {id(p) for p in params}
+    named = {name: p for name, p in model.named_parameters() if id(p) in wanted}
+    if not wanted:
+        raise ValueError("there are no parameters to train: pass model.parameters(), fresh(net, ...) or gate.parameters()")
+    if len(named) != len(wanted):
+        raise ValueError(f"{len(wanted) - len(named)} of {len(wanted)} parameters to train are not the model's: attach before you collect them")
+    return named
+
+
+def _accelerator(device: str, precision: str, accumulate: int, tracker: str | None) -> Accelerator:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda was asked for, but torch sees no GPU: use device=auto or device=cpu, or install a CUDA build of torch")
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        log_with=tracker,
+    )
+
+
+def _curve(lr: float, schedule: str, warmup: int, length: int) -> Callable[[int], float]:
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"unknown schedule {schedule!r}: choose cosine or constant")
+
+    def at(step: int) -> float:
+        ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return lr * ramp * (0.5 * (1 + math.cos(math.pi * min(step / length, 1.0))) if schedule == "cosine" else 1.0)
+
+    return at
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Iterable[Tensor]) -> None:
+    for value, live in zip(source, target, strict=True):
+        live.copy_(value)
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    for p in trained.values():
+        p.requires_grad_(True)
+    training = model.training
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+            p.grad = None
+        model.train(training)
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Put torch's random state back as it was after the block."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        yield
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, tracker: str | None, run: dict | None) -> Iterator[None]:
+    if tracker is None:
+        yield
+        return
+    options = dict(run or {})
+    init = {"name": options.pop("name", None)}
+    if tracker == "wandb":
+        import wandb
+
+        init["mode"] = "online" if wandb.api.api_key else "offline"
+    accelerator.init_trackers(options.pop("project", "skillbank"), config=options.pop("conf", None), init_kwargs={tracker: init})
+    try:
+        yield
+    finally:
+        accelerator.end_training()

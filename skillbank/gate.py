@@ -1,0 +1,212 @@
+"""Context-aware composition: a gate turns the context into one weight per skill, and the weights multiply the rank channels of one stack.
+
+A weight of 1 is the skill as it was trained, 0 is the base: scales are folded into the skills, so a gate never sees them.
+
+Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from skillbank.attach import attach, channel_layers, mark
+from skillbank.model import Batch
+from skillbank.skill import Skill, stack
+
+__all__ = ["Composed", "ConstantGate", "MLPGate", "Mixture", "grow"]
+
+Init = Literal["newest", "uniform", "zero", "official"]
+
+
+class MLPGate(nn.Module):
+    """Weights from the context by an MLP with a linear head: no softmax, no bound, any sign (arXiv 2502.05932, section 4.2).
+
+    Args:
+        context_dim: D.
+        skills: K, in the order in which `Composed` gets them, oldest first.
+        hidden: widths of the ReLU layers.
+        init: what the untrained gate says, for every context: `newest` 1 for the last skill and 0 for the others, `uniform` 1 / K, `zero` 0.
+            The head's weights start at 0, only its bias differs. `official`: the paper's code, whose raw output is the multiplier itself and
+            starts near 0; it is divided by `scale` here, so that it learns `scale` times more slowly.
+        scale: the multiplier that the skills were trained with; used by `official` only.
+
+    """
+
+    def __init__(self, context_dim: int, skills: int, *, hidden: Sequence[int] = (256, 256), init: Init = "newest", scale: float = 16.0) -> None:
+        super().__init__()
+        if init not in ("newest", "uniform", "zero", "official"):
+            raise ValueError(f"unknown init {init!r}: choose newest, uniform, zero or official")
+        widths = [context_dim, *hidden]
+        layers = [layer for pair in zip(widths[:-1], widths[1:], strict=True) for layer in (nn.Linear(*pair), nn.ReLU())]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], skills)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self.divisor = scale if init == "official" else 1.0
+        if init != "official":
+            nn.init.zeros_(self.head.weight)
+        with torch.no_grad():
+            if init == "newest":
+                self.head.bias[-1] = 1.0
+            elif init == "uniform":
+                self.head.bias.fill_(1 / skills)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D)."""
+        return self.head(self.body(context)) / self.divisor
+
+
+class ConstantGate(nn.Module):
+    """The same weights for every context: a merge whose weights can be trained.
+
+    Args:
+        context_dim: ignored; every gate is built from the same two numbers.
+        skills: K.
+        weights: (K,) to start from, default 1 / K each.
+
+    """
+
+    def __init__(self, context_dim: int, skills: int, *, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        values = torch.full((skills,), 1 / skills) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+        if values.shape != (skills,):
+            raise ValueError(f"got {values.numel()} weights for {skills} skills: give one weight per skill")
+        self.weights = nn.Parameter(values.clone())
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Weights (B, K) or (B, T, K)."""
+        return self.weights.to(context.device).expand(*context.shape[:-1], -1)
+
+
+def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
+    """Copy of a gate with room for more skills at the end; until it is trained the old weights are what they were and the new ones are 0."""
+    old = gate.head
+    grown = MLPGate(gate.body[0].in_features, old.out_features + skills, hidden=[layer.out_features for layer in gate.body[::2]], init="zero")
+    grown.divisor = gate.divisor
+    grown.body.load_state_dict(gate.body.state_dict())
+    with torch.no_grad():
+        grown.head.weight[: old.out_features] = old.weight
+        grown.head.bias[: old.out_features] = old.bias
+    return grown.to(old.weight)
+
+
+class Mixture:
+    """The one mutable cell: weights (B, K) or (B, T, K) that the hooks on a stack multiply into its rank channels."""
+
+    def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
+        attach(net, stack(skills))
+        self.weights: Tensor | None = None
+        self.count, self.mark = len(skills), mark(net)
+        for name, (layer, axis) in channel_layers(net).items():
+            ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
+            owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
+            layer.register_buffer("owner", owner.to(layer.weight.device), persistent=False)
+            layer.register_forward_pre_hook(self._hook(name, axis))
+
+    def _hook(self, name: str, axis: int):  # noqa: ANN202
+        def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            (hidden,) = inputs
+            if self.weights is None:
+                raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
+            if len(hidden) != len(self.weights):
+                raise ValueError(f"module {name!r} runs on {len(hidden)} rows, the gate gave weights for {len(self.weights)}: it must keep the batch")
+            channels = self.weights[..., layer.owner].to(hidden.dtype)
+            return hidden * _aligned(channels, hidden, axis, name)
+
+        return weight
+
+
+def _aligned(channels: Tensor, hidden: Tensor, axis: int, name: str) -> Tensor:
+    """Weights (B, R) or (B, T, R) in the shape of hidden (B, ..., R), or (B, R, ...) for convolutions."""
+    if channels.dim() == 2:
+        shape = [1] * hidden.dim()
+        shape[0], shape[axis] = channels.shape
+        return channels.view(shape)
+    if axis != -1 or channels.shape[1:] != hidden.shape[1:]:
+        raise ValueError(f"module {name!r} has channels {tuple(hidden.shape)}, the gate gave weights per token {tuple(channels.shape)}: gate per sample")
+    return channels
+
+
+class Composed(nn.Module):
+    """Base, skills and gate as one `Model`: `W x + B (expand(weights) * (A x))` in every adapted layer.
+
+    Skills and base are frozen and stay in eval mode (no dropout); the gate's parameters are the ones to train.
+
+    Args:
+        model: the base, changed in place: the stack of the skills is attached to its net.
+        gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K).
+        skills: K skills in the gate's order.
+        regulariser: added to the loss. `none`; `mean` pulls the batch mean of all weights to 1 / K; `code` is the official code's: mean of all
+            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code).
+        scale: the multiplier that the skills were trained with; used by the regularisers only.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: nn.Module,
+        skills: Sequence[Skill],
+        *,
+        regulariser: Literal["none", "mean", "code"] = "none",
+        scale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        if regulariser not in ("none", "mean", "code"):
+            raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
+        self.model, self.gate = model, gate
+        self.regulariser, self.scale = regulariser, scale
+        self.mixture = Mixture(model.net, skills)
+        self.model.requires_grad_(False).eval()
+
+    @property
+    def net(self) -> nn.Module:
+        """Net of the base, with the stack on it."""
+        return self.model.net
+
+    def train(self, mode: bool = True) -> Composed:
+        """Switch the gate only."""
+        self.gate.train(mode)
+        self.training = mode
+        return self
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Weights (B, K) or (B, T, K) that the gate gives for a batch."""
+        return self.gate(self.model.context(batch))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of the base model under the gate's weights, plus the regulariser, ()."""
+        weights = self._mix(batch)
+        loss = self.model(batch)
+        if self.regulariser == "none":
+            return loss
+        target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
+        penalty = (weights.mean() - target).square()
+        if self.regulariser == "code":
+            penalty = penalty + (weights[..., -1].mean() - 1).square()
+        return loss + self.scale**2 * penalty
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Tensor:
+        """Context of the base model."""
+        return self.model.context(batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Prediction of the base model; the gate runs once."""
+        self._mix(batch)
+        return self.model.predict(batch)
+
+    def _mix(self, batch: Batch) -> Tensor:
+        if mark(self.net) is not self.mixture.mark:
+            raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
+        weights = self.weights(batch)
+        if weights.shape[-1] != self.mixture.count:
+            raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
+        self.mixture.weights = weights
+        return weights

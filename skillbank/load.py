@@ -1,0 +1,122 @@
+"""From a reference in a bank to a model that predicts: base, skill or composition, checked on the way."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from skillbank.attach import attach, base_weights
+from skillbank.bank import Bank, Base, Composition, base_fingerprint
+from skillbank.gate import Composed
+from skillbank.merge import merge
+from skillbank.skill import Skill
+
+__all__ = ["build", "build_base", "check_base", "load", "skills_on_base"]
+
+
+def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.device = "cpu") -> nn.Module:
+    """Model of any version in a bank, in eval mode and ready to predict: a base, a skill on its base, or a composition.
+
+    Args:
+        ref: `name` (newest), `name@3`, `name@alias`, `name@sha256:prefix` or `@sha256:prefix`.
+        bank: a bank, or where one is.
+        device: where the model goes.
+
+    Raises:
+        UnknownRef: the bank has no such version.
+        ValueError: a version is damaged, a skill belongs to another base, the version's model cannot be built, or there is no such GPU.
+
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device} was asked for, but torch sees no GPU: use device='cpu', or install a CUDA build of torch")
+    bank = bank if isinstance(bank, Bank) else Bank(bank)
+    thing = bank.get(ref)
+    if isinstance(thing, Base):
+        model = build_base(thing)
+    elif isinstance(thing, Skill):
+        _, model, (skill,), _ = skills_on_base(bank, [ref])
+        attach(model.net, skill)
+    else:
+        model = _compose(bank, thing)
+    return model.to(device).eval()
+
+
+def build_base(base: Base) -> nn.Module:
+    """Model of a stored base, its weights in place."""
+    model = build(base.model)
+    expected, found = set(model.state_dict()), set(base.tensors)
+    if expected != found:
+        raise ValueError(f"the base's tensors do not fit {base.model['_target_']}: missing {sorted(expected - found)}, unknown {sorted(found - expected)}")
+    model.load_state_dict(base.tensors)
+    return model
+
+
+def build(conf: Mapping[str, Any], **extra: Any) -> nn.Module:
+    """Instantiate a module from its `_target_` and arguments; only subclasses of `nn.Module` are ever called."""
+    options = dict(conf)
+    path = str(options.pop("_target_", ""))
+    options.pop("_partial_", None)
+    module, _, name = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import {path!r}, the model class that a version names ({error}): install the package that has it") from None
+    if not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise ValueError(f"{path!r} is no nn.Module, so a bank may not build it")
+    return target(**options, **extra)
+
+
+def check_base(bank: Bank, ref: str, skill: Skill, model: nn.Module) -> None:
+    """Check that the skill at `ref` was trained on exactly these base weights.
+
+    Raises:
+        ValueError: naming the skill and both fingerprints.
+
+    """
+    card = bank.card(ref)
+    recorded = card.base["fingerprint"] if card.base else None
+    live = base_fingerprint(base_weights(model.net, skill), skill)
+    if recorded != live:
+        was = card.base["ref"] if card.base else "none"
+        raise ValueError(f"skill {ref!r} was trained on base {was!r} ({str(recorded)[:12]}), this model is {live[:12]}: load that base or retrain the skill")
+
+
+def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, nn.Module, list[Skill], list[str]]:
+    """Load skills and the base that they share, every skill checked against it.
+
+    Returns:
+        The base's exact reference, its model, the skills, and their exact references.
+
+    Raises:
+        ValueError: no skills, a version of another kind, or skills of different bases.
+
+    """
+    exact = [str(bank.resolve(ref)) for ref in refs]
+    base_ref = str(bank.base_of(exact))
+    base = bank.get(base_ref)
+    assert isinstance(base, Base)
+    model = build_base(base)
+    skills = []
+    for ref in exact:
+        skill = bank.get(ref)
+        if not isinstance(skill, Skill):
+            raise ValueError(f"{ref!r} is a {bank.card(ref).kind}, a skill is needed here")
+        check_base(bank, ref, skill, model)
+        skills.append(skill)
+    return base_ref, model, skills, exact
+
+
+def _compose(bank: Bank, composition: Composition) -> nn.Module:
+    _, model, skills, _ = skills_on_base(bank, composition.skills)
+    if composition.merge is not None:
+        attach(model.net, merge(skills, **composition.merge))
+        return model
+    assert composition.gate is not None
+    gate = build(composition.gate)
+    gate.load_state_dict(composition.tensors)
+    return Composed(model, gate, skills)

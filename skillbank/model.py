@@ -1,0 +1,88 @@
+"""The two protocols that models and tasks meet in, and the contract as a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Batches", "Model", "Task", "check_model"]
+
+Batch = Mapping[str, Tensor]
+"""Named tensors; dimension 0 of every one is the batch size B."""
+
+Batches = Callable[[int], Iterator[Batch]]
+"""`batches(start)` yields the batches of step start, start + 1, ...: a pure function of the step, so that training resumes exactly."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """An `nn.Module` that skills attach to, gates look into and tasks evaluate."""
+
+    net: nn.Module
+    """What skills attach to."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Training loss, a scalar () (DDP and accelerate wrap `forward`, so the loss lives here)."""
+        ...
+
+    def context(self, batch: Batch) -> Tensor:
+        """What the gate may see: (B, D), or (B, T, D) for one weight per token. No gradient."""
+        ...
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Actions (B, H, A), or token ids (B, T). No gradient."""
+        ...
+
+
+class Task(Protocol):
+    """Where data come from and what a model is judged by."""
+
+    name: str
+
+    def batches(self, *, batch_size: int, seed: int) -> Batches:
+        """Endless training batches, sampled with replacement."""
+        ...
+
+    def validation(self, *, batch_size: int) -> Iterator[Batch]:
+        """One pass over the held-out examples, in a fixed order."""
+        ...
+
+    def evaluate(self, model: Model, *, seed: int = 0) -> dict[str, float]:
+        """Metrics of `model` on this task."""
+        ...
+
+
+def check_model(model: nn.Module, batch: Batch) -> None:
+    """Check that `model` keeps the `Model` contract on `batch`; run it on your own model before training.
+
+    Raises:
+        TypeError: a member of the protocol is missing or is no `nn.Module`.
+        ValueError: a result has the wrong shape, is not finite, or carries a gradient it should not.
+
+    """
+    if not isinstance(model, nn.Module) or not isinstance(model, Model):
+        missing = [name for name in ("net", "forward", "context", "predict") if not hasattr(model, name)]
+        raise TypeError(f"{type(model).__name__} is not a Model: it must be an nn.Module and is missing {missing}")
+    if not isinstance(model.net, nn.Module):
+        raise TypeError(f"{type(model).__name__}.net must be an nn.Module, got {type(model.net).__name__}")
+    sizes = {key: value.shape[0] for key, value in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"every tensor of a batch has the batch size as dimension 0, got {sizes}")
+    rows = next(iter(sizes.values()))
+    loss = model(batch)
+    if loss.shape != ():
+        raise ValueError(f"forward must return a scalar loss, got shape {tuple(loss.shape)}")
+    if not torch.isfinite(loss):
+        raise ValueError(f"forward returned a loss of {loss.item()}")
+    context = model.context(batch)
+    if context.dim() not in (2, 3) or context.shape[0] != rows:
+        raise ValueError(f"context must be (B, D) or (B, T, D) with B={rows}, got {tuple(context.shape)}")
+    prediction = model.predict(batch)
+    if prediction.shape[0] != rows:
+        raise ValueError(f"predict must return B={rows} rows, got {tuple(prediction.shape)}")
+    for name, value in {"context": context, "predict": prediction}.items():
+        if value.requires_grad:
+            raise ValueError(f"{name} must carry no gradient: decorate it with torch.no_grad()")

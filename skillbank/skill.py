@@ -1,0 +1,289 @@
+"""A skill in memory and its exact low-rank algebra.
+
+A skill is one pair of factors (A, B) per adapted module with `delta = B @ A`, the scale already folded in. Every operation below works on the
+factors: a weighted sum stacks them on the rank axis, and everything spectral happens in the R x R core between two QR factorisations, so that
+nothing of size O x I is ever formed.
+
+Shapes: K skills, R rank (sum over the skills), O out, I in. A is (R, I) for linear and embedding layers, (R, I, *kernel) for convolutions;
+B is (O, R).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from skillbank.certificate import Certificate
+
+__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "gram", "stack", "truncate"]
+
+Factor = tuple[Tensor, Tensor]
+"""(A, B) of one module: A (R, I, *kernel), B (O, R)."""
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes in the order of the names: the same tensors give the same hex string on any machine."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Skill:
+    """A LoRA adapter as frozen factors: `{module path: (A, B)}`, `delta = B @ A`.
+
+    Args:
+        factors: A (R, I, *kernel) and B (O, R) per module, floating point, any rank per module. Tensors are detached, not copied.
+        embeddings: the modules that are `nn.Embedding` layers; their I is the number of embeddings and their O the width. Only the on-disk
+            format needs to know.
+        certificate: what the merge that made this skill did; None for a trained skill.
+
+    Raises:
+        ValueError: no modules, shapes that do not multiply, a dtype that is not floating point, or an entry that is not finite.
+
+    """
+
+    factors: Mapping[str, Factor]
+    embeddings: frozenset[str] = field(default=frozenset())
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("a skill needs at least one module, got none")
+        for name, (a, b) in self.factors.items():
+            if a.dim() < 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                raise ValueError(f"factor {name!r}: A must be (R, I) and B (O, R), got A {tuple(a.shape)} and B {tuple(b.shape)}")
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise ValueError(f"factor {name!r} must be floating point, got A {a.dtype} and B {b.dtype}")
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise ValueError(f"factor {name!r} holds NaN or infinite entries: the adapter is damaged or its training diverged")
+        unknown = self.embeddings - set(self.factors)
+        if unknown:
+            raise ValueError(f"embeddings name modules that the skill does not have: {sorted(unknown)}")
+        frozen = {name: (a.detach(), b.detach()) for name, (a, b) in sorted(self.factors.items())}
+        object.__setattr__(self, "factors", MappingProxyType(frozen))
+
+    def __iter__(self) -> Iterator[str]:
+        """Module paths in sorted order."""
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        """Return the number of adapted modules."""
+        return len(self.factors)
+
+    def __contains__(self, module: object) -> bool:
+        """Whether `module` is adapted."""
+        return module in self.factors
+
+    def __getitem__(self, module: str) -> Factor:
+        """(A, B) of one module."""
+        try:
+            return self.factors[module]
+        except KeyError:
+            raise KeyError(f"the skill has no module {module!r}; it has {list(self.factors)}") from None
+
+    def __repr__(self) -> str:
+        """One line: modules, ranks, parameters."""
+        ranks = sorted(set(self.ranks.values()))
+        return f"Skill({len(self)} modules, rank {'-'.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}, {self.num_parameters:,} parameters)"
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every module."""
+        return {name: a.shape[0] for name, (a, _) in self.factors.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored values."""
+        return sum(a.numel() + b.numel() for a, b in self.factors.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the stored factors (not of the function: another gauge of the same deltas has another fingerprint)."""
+        return digest(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat `{module.A, module.B}` view of the factors."""
+        return {f"{name}.{letter}": tensor for name, pair in self.factors.items() for letter, tensor in zip("AB", pair, strict=True)}
+
+    def delta(self, module: str) -> Tensor:
+        """Dense change of the weight, (O, I, *kernel): for looking at, never on a hot path."""
+        a, b = self[module]
+        return (b @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Skill:
+        """Return the same skill on another device or in another dtype."""
+        return Skill({name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in self.factors.items()}, self.embeddings)
+
+    def scaled(self, weight: float | Mapping[str, float]) -> Skill:
+        """Multiply every delta by `weight`, or by a weight per module (modules that the mapping leaves out keep theirs)."""
+        at = weight if isinstance(weight, Mapping) else dict.fromkeys(self.factors, weight)
+        unknown = set(at) - set(self.factors)
+        if unknown:
+            raise ValueError(f"weights name modules that the skill does not have: {sorted(unknown)}")
+        return Skill({name: (a, b * at.get(name, 1.0)) for name, (a, b) in self.factors.items()}, self.embeddings)
+
+    def norm(self) -> float:
+        """Frobenius norm of all deltas together."""
+        return float(gram([self])[0, 0].clamp_min(0).sqrt())
+
+
+@dataclass(frozen=True)
+class Core:
+    """One module of K skills in its QR core: `delta_k = Q_B C_k Q_A^T` exactly, for every k.
+
+    Args:
+        left: Q_B (O, P), orthonormal columns, P = min(O, R).
+        right: Q_A (I', P'), orthonormal columns, with I' the flattened input (I times the kernel).
+        cores: C (K, P, P').
+        shape: shape of A without its rank dimension, (I, *kernel).
+
+    """
+
+    left: Tensor
+    right: Tensor
+    cores: Tensor
+    shape: torch.Size
+
+    def svd(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD of `sum_k weights_k delta_k`: U (O, Q), S (Q,) descending, V (I', Q)."""
+        u, s, vh = torch.linalg.svd(torch.einsum("k,kpq->pq", weights.to(self.cores), self.cores), full_matrices=False)
+        return self.left @ u, s, self.right @ vh.mT
+
+    def factor(self, u: Tensor, s: Tensor, v: Tensor) -> Factor:
+        """Balanced factors (sqrt(S) on both sides) of `U S V^T`."""
+        root = s.clamp_min(0).sqrt()
+        return (v * root).mT.reshape(len(s), *self.shape), u * root
+
+
+def core(skills: Sequence[Skill], module: str, dtype: torch.dtype = torch.float64) -> Core:
+    """QR core of one module over K skills; a skill without the module has a zero core.
+
+    Cost O((O + I) R^2 + R^3), memory O((O + I) R), where R is the sum of the ranks.
+    """
+    pairs = [(k, *skill[module]) for k, skill in enumerate(skills) if module in skill]
+    if not pairs:
+        raise KeyError(f"none of the {len(skills)} skills has module {module!r}")
+    _check_shapes(module, [(a, b) for _, a, b in pairs])
+    first = pairs[0][1]
+    left, r_left = torch.linalg.qr(torch.cat([b.to(dtype) for _, _, b in pairs], dim=1))
+    right, r_right = torch.linalg.qr(torch.cat([a.flatten(1).to(dtype) for _, a, _ in pairs], dim=0).mT)
+    cores = left.new_zeros(len(skills), left.shape[1], right.shape[1])
+    start = 0
+    for k, a, _ in pairs:
+        channels = slice(start, start + a.shape[0])
+        cores[k] = r_left[:, channels] @ r_right[:, channels].mT
+        start += a.shape[0]
+    return Core(left, right, cores, first.shape[1:])
+
+
+def modules_of(skills: Iterable[Skill]) -> list[str]:
+    """Sorted union of the modules of all skills."""
+    return sorted({name for skill in skills for name in skill})
+
+
+def stack(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = None) -> Skill:
+    """Exact weighted sum `sum_k weights_k delta_k`: the factors of all skills side by side on the rank axis.
+
+    Ranks, dtypes (promoted) and sets of modules may differ. A module's channels stand in the order of the skills.
+
+    Args:
+        skills: K skills, K >= 1.
+        weights: (K,), any sign; None means 1 each, so that a gate can weight the channels later.
+
+    Raises:
+        ValueError: no skills, another number of weights than skills, or modules whose layers differ in size.
+
+    """
+    if not skills:
+        raise ValueError("stack needs at least one skill, got none")
+    values = [1.0] * len(skills) if weights is None else [float(w) for w in weights]
+    if len(values) != len(skills):
+        raise ValueError(f"got {len(values)} weights for {len(skills)} skills: give one weight per skill")
+    factors: dict[str, Factor] = {}
+    for name in modules_of(skills):
+        pairs = [(*skill[name], w) for skill, w in zip(skills, values, strict=True) if name in skill]
+        _check_shapes(name, [(a, b) for a, b, _ in pairs])
+        dtype = _promote([a for a, _, _ in pairs])
+        a = torch.cat([a.to(dtype) for a, _, _ in pairs], dim=0)
+        factors[name] = (a, torch.cat([(b if w == 1.0 else b * w).to(dtype) for _, b, w in pairs], dim=1))
+    return Skill(factors, frozenset().union(*(skill.embeddings for skill in skills)))
+
+
+def truncate(skill: Skill, *, rank: int | None = None, error: float | None = None) -> Skill:
+    """Optimal low-rank form of a skill (Eckart-Young, in the QR core), in balanced factors.
+
+    Args:
+        skill: what to shorten.
+        rank: keep at most this many singular values per module.
+        error: keep the fewest singular values over all modules together with `||delta - kept||_F <= error * ||delta||_F` in total, so that
+            rank goes where the energy is; at least one per module. In [0, 1).
+
+    Raises:
+        ValueError: neither or both of rank and error, or values out of range.
+
+    """
+    if (rank is None) == (error is None):
+        raise ValueError(f"give either a rank or an error, got rank={rank} and error={error}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if error is not None and not 0 <= error < 1:
+        raise ValueError(f"error is a share of the norm in [0, 1), got {error}")
+    cores = {name: core([skill], name) for name in skill}
+    parts = {name: each.svd(torch.ones(1)) for name, each in cores.items()}
+    keep = {name: min(rank or len(s), len(s)) for name, (_, s, _) in parts.items()} if error is None else _spread(parts, error)
+    factors: dict[str, Factor] = {}
+    for name, (u, s, v) in parts.items():
+        q, like = keep[name], skill[name][0]
+        a, b = cores[name].factor(u[:, :q], s[:q], v[:, :q])
+        factors[name] = (a.to(like.dtype), b.to(like.dtype))
+    return Skill(factors, skill.embeddings)
+
+
+def gram(skills: Sequence[Skill]) -> Tensor:
+    """Inner products of the deltas over all modules, (K, K) float64: `G_ij = sum_modules tr(delta_i^T delta_j)`, from the factors alone."""
+    total = torch.zeros(len(skills), len(skills), dtype=torch.float64)
+    for name in modules_of(skills):
+        cores = core(skills, name).cores.flatten(1)
+        total += (cores @ cores.mT).cpu()
+    return total
+
+
+def cosine(skills: Sequence[Skill]) -> Tensor:
+    """Cosine similarity of the deltas, (K, K) float64 in [-1, 1]; a skill that is zero has cosine 0 with all others."""
+    products = gram(skills)
+    norms = products.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
+    return (products * scale[:, None] * scale[None, :]).clamp(-1, 1)
+
+
+def _check_shapes(module: str, pairs: Sequence[Factor]) -> None:
+    sizes = [(b.shape[0], tuple(a.shape[1:])) for a, b in pairs]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"module {module!r} has another size in another skill, (out, in): {sizes}; these skills belong to different bases")
+
+
+def _promote(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _spread(parts: Mapping[str, tuple[Tensor, Tensor, Tensor]], error: float) -> dict[str, int]:
+    """Ranks per module that together leave out at most `error` of the norm: the smallest singular values go first, wherever they are."""
+    values = torch.cat([s for _, s, _ in parts.values()])
+    owner = torch.cat([torch.full((len(s),), i) for i, (_, s, _) in enumerate(parts.values())])
+    order = values.argsort()
+    lost = values[order].square().cumsum(0)
+    dropped = int((lost <= error**2 * values.square().sum()).sum())
+    cut = torch.bincount(owner[order[:dropped]], minlength=len(parts)).tolist()
+    return {name: max(1, len(s) - cut[i]) for i, (name, (_, s, _)) in enumerate(parts.items())}

@@ -1,0 +1,223 @@
+"""Imitation of demonstrations, judged by the return in the environment: the control `Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skillbank.model import Batch, Batches, Model
+from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
+
+if TYPE_CHECKING:
+    from skillbank.tasks.environments import Rollout
+
+__all__ = ["ControlTask", "Transform", "summary"]
+
+EPISODES_PER_SEED = 1000
+
+Transform = Callable[[Batch, np.random.Generator], Batch]
+"""Augmentation of a training batch; all its randomness comes from the generator, which belongs to the step."""
+
+
+class ControlTask:
+    """Clone the first episodes of some demonstrations, and be judged by the return in an environment.
+
+    Evaluation episode i of seed s runs in the environment seeded `1000 * s + i`. Seeds 0 to 19 are for testing. Seeds from 20 on (environment
+    seeds from 20,000) are for development: whatever is chosen by looking at returns is chosen there, and these returns are never reported.
+
+    Args:
+        name: what the skill is called, e.g. `walker/walk`.
+        demonstrations: file, folder or data set, see `load_demonstrations`.
+        environment: id, see `make_environment`.
+        episodes: train on the first this many; None on all but the held-out ones.
+        held_out: the next this many, after the training episodes, are for validation and never trained on.
+        horizon: H, actions per example; where an episode ends, its last action is repeated.
+        execute: actions of a prediction that are executed before the next one; None executes all.
+        evaluation_episodes: episodes per evaluation, at most 1000.
+        max_steps: stop evaluation episodes here; None waits for their end.
+        seed: added to the seed of every evaluation.
+        transform: augmentation of training batches, e.g. a mirror.
+
+    Raises:
+        FileNotFoundError: there are no such demonstrations.
+        ValueError: unreadable or unsuitable demonstrations, fewer episodes than asked for, or numbers out of range.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        demonstrations: str,
+        environment: str,
+        episodes: int | None = None,
+        held_out: int = 0,
+        horizon: int = 1,
+        execute: int | None = None,
+        evaluation_episodes: int = 10,
+        max_steps: int | None = None,
+        seed: int = 0,
+        transform: Transform | None = None,
+    ) -> None:
+        if horizon < 1 or held_out < 0 or seed < 0 or (episodes is not None and episodes < 1):
+            given = f"{horizon=}, {held_out=}, {seed=}, {episodes=}"
+            raise ValueError(f"task {name!r}: horizon and episodes must be at least 1, held_out and seed at least 0, got {given}")
+        self.name, self.environment, self.horizon, self.execute = name, environment, horizon, execute
+        self.evaluation_episodes, self.max_steps, self.seed, self.transform = evaluation_episodes, max_steps, seed, transform
+        everything = load_demonstrations(demonstrations, episodes=None if episodes is None else episodes + held_out)
+        if len(everything) <= held_out:
+            raise ValueError(f"task {name!r}: {demonstrations} has {len(everything)} episodes, nothing is left beside held_out={held_out}")
+        self.demonstrations = everything.episodes(len(everything) - held_out)
+        """What is trained on."""
+        self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
+        """What validates."""
+        self._examples = _Examples(self.demonstrations, horizon)
+
+    def __repr__(self) -> str:
+        """One line: name, environment, demonstrations."""
+        return f"ControlTask({self.name!r}, {self.environment!r}, {self.demonstrations!r})"
+
+    @property
+    def observation_dim(self) -> int:
+        """D."""
+        return int(self.demonstrations.observations.shape[1])
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return int(self.demonstrations.actions.shape[1])
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """D and A under the names that models take them by."""
+        return {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 of the training demonstrations."""
+        return self.demonstrations.hash
+
+    def batches(self, *, batch_size: int, seed: int) -> Batches:
+        """Endless training batches on the CPU: observation (B, D), action (B, H, A), uniform with replacement.
+
+        The batch of step i depends on (seed, i) alone.
+
+        Raises:
+            ValueError: a batch size below 1 or a negative seed.
+
+        """
+        if batch_size < 1 or seed < 0:
+            raise ValueError(f"task {self.name!r}: batches need a batch size of at least 1 and a seed of at least 0, got {batch_size=}, {seed=}")
+
+        def stream(start: int) -> Iterator[Batch]:
+            for step in count(start):
+                generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
+                rows = torch.from_numpy(generator.integers(0, len(self._examples), batch_size))
+                batch = self._examples.batch(rows)
+                yield batch if self.transform is None else self.transform(batch, generator)
+
+        return stream
+
+    def validation(self, *, batch_size: int) -> Iterator[Batch]:
+        """One pass over the held-out steps in their order; the last batch may be smaller.
+
+        Raises:
+            ValueError: nothing is held out.
+
+        """
+        if self.held_out is None:
+            raise ValueError(f"task {self.name!r} has no held-out demonstrations: set held_out to the number of episodes that validate")
+        examples = _Examples(self.held_out, self.horizon)
+        return (examples.batch(rows) for rows in torch.split(torch.arange(len(examples)), batch_size))
+
+    def rollout(self, model: Model, *, seed: int = 0, episodes: int | None = None, record: int | None = None, frame_every: int = 10) -> Rollout:
+        """Run the evaluation episodes of `seed`, and record one of them (by its position) if asked to.
+
+        Args:
+            model: the policy.
+            seed: which episodes, see the class.
+            episodes: run the first this many; None runs `evaluation_episodes`.
+            record: position of the episode to record.
+            frame_every: steps per recorded frame; 0 records no frames.
+
+        Raises:
+            ValueError: the demonstrations, the environment and the model differ in size, or the actions are not finite.
+
+        """
+        from skillbank.tasks.environments import environment_sizes, rollout
+
+        sizes = environment_sizes(self.environment)
+        if sizes != (self.observation_dim, self.action_dim):
+            mine = f"{self.demonstrations.source} has {self.observation_dim} and {self.action_dim}"
+            raise ValueError(f"environment {self.environment!r} has {sizes[0]} observations and {sizes[1]} actions, but {mine}: they must be equal")
+        seeds = self.environment_seeds(seed, episodes)
+        return rollout(model, self.environment, seeds, execute=self.execute, max_steps=self.max_steps, record=record, frame_every=frame_every)
+
+    def environment_seeds(self, seed: int = 0, episodes: int | None = None) -> list[int]:
+        """Environment seeds of the evaluation episodes of `seed`; fewer episodes are a prefix of more."""
+        number = self.evaluation_episodes if episodes is None else episodes
+        if not 1 <= number <= EPISODES_PER_SEED or seed < 0:
+            raise ValueError(
+                f"task {self.name!r}: an evaluation takes 1 to {EPISODES_PER_SEED} episodes and a seed of at least 0, got {number}, {seed}"
+            )
+        first = EPISODES_PER_SEED * (self.seed + seed)
+        return list(range(first, first + number))
+
+    def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
+        """Return statistics of the evaluation episodes of `seed`, see `summary`."""
+        return summary(self.rollout(model, seed=seed, episodes=episodes).returns)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for a card: what was trained on, and how it is judged."""
+        return {
+            "name": self.name,
+            "environment": self.environment,
+            "demonstrations": self.demonstrations.source,
+            "episodes": len(self.demonstrations),
+            "held_out": len(self.held_out) if self.held_out else 0,
+            "steps": len(self.demonstrations.rewards),
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "horizon": self.horizon,
+            "demonstration_return": round(float(self.demonstrations.returns.mean()), 3),
+            "data_hash": self.data_hash,
+        }
+
+
+def summary(returns: NDArray[np.float64]) -> dict[str, float]:
+    """Mean, standard deviation, interquartile mean, minimum, maximum and number of returns (E,)."""
+    ordered = np.sort(returns)
+    cut = len(ordered) // 4
+    return {
+        "return": float(ordered.mean()),
+        "return_std": float(ordered.std()),
+        "return_iqm": float(ordered[cut : len(ordered) - cut].mean()),
+        "return_min": float(ordered[0]),
+        "return_max": float(ordered[-1]),
+        "episodes": float(len(ordered)),
+    }
+
+
+class _Examples:
+    """Steps of demonstrations as tensors, with the rows of the actions that follow each."""
+
+    def __init__(self, demonstrations: Demonstrations, horizon: int) -> None:
+        self.observations = torch.from_numpy(demonstrations.observations)
+        self.actions = torch.from_numpy(demonstrations.actions)
+        last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
+        rows = np.arange(len(last))
+        self.chunks = torch.from_numpy(np.minimum(rows[:, None] + np.arange(horizon), last[:, None]).astype(np.int32))
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def batch(self, rows: Tensor) -> Batch:
+        chunks = self.chunks.index_select(0, rows)
+        actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, -1)
+        return {"observation": self.observations.index_select(0, rows), "action": actions}

@@ -1,0 +1,216 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from skillbank import Skill, attach, detach, fresh, read, stack
+from skillbank.attach import base_weights
+from tests.tiny import close, net_inputs, random_skill, tiny_policy
+
+
+class Zoo(nn.Module):
+    """One of every layer that can carry B @ A, with a name that ends another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.image = nn.Conv2d(1, 2, 3, bias=False)
+        self.inner = nn.Sequential(nn.Linear(6, 6))
+        self.linear = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(6, 5))})
+        self.norm = nn.LayerNorm(5)
+        self.grouped = nn.Conv1d(8, 8, 3, groups=2)
+
+    def forward(self, ids):
+        x = self.conv(self.words(ids).mT)
+        x = x + self.image(x[:, None]).mean(dim=(1, 2, 3))[:, None, None]
+        return self.norm(self.linear["inner"](self.inner(x.mT).relu()))
+
+
+TARGETS = ["words", "conv", "image", "inner.0", "linear.inner.0"]
+IDS = torch.arange(10).reshape(2, 5)
+
+
+def trained(net, **options):
+    with torch.no_grad():
+        for parameter in fresh(net, **options):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    skill = read(net)
+    return skill
+
+
+@pytest.fixture
+def zoo():
+    torch.manual_seed(1)
+    return Zoo().eval().requires_grad_(False)
+
+
+def test_a_fresh_skill_is_the_base_exactly_and_only_its_factors_train(zoo):
+    before = zoo(IDS)
+    params = fresh(zoo, rank=3, targets=TARGETS)
+    assert torch.equal(zoo(IDS), before)
+    zoo(IDS).sum().backward()
+    assert {id(p) for p in zoo.parameters() if p.grad is not None} <= {id(p) for p in params}
+    assert {id(p) for p in zoo.parameters() if p.requires_grad} == {id(p) for p in params}
+    assert len(params) == 10
+
+
+def test_the_scale_multiplies_in_training_and_is_folded_on_reading(zoo):
+    skill = trained(zoo, rank=3, scale=7.0, targets="linear.inner.0")
+    layer = zoo.linear["inner"][0]
+    x = torch.randn(4, 6)
+    live = layer(x) - layer.base_layer(x)
+    close(live, 7 * x @ layer.lora_A["default"].weight.mT @ layer.lora_B["default"].weight.mT)
+    close(live, x @ skill.delta("linear.inner.0").mT)
+
+
+def test_read_is_the_inverse_of_attach_on_every_layer(zoo):
+    skill = trained(zoo, rank=3, targets=TARGETS)
+    with_skill = zoo(IDS)
+    detach(zoo)
+    assert not torch.allclose(zoo(IDS), with_skill)
+    attach(zoo, skill)
+    close(zoo(IDS), with_skill)
+    again = read(zoo)
+    assert again.fingerprint == skill.fingerprint
+    assert again.embeddings == {"words"}
+    assert not any(p.requires_grad for layer in TARGETS for n, p in zoo.get_submodule(layer).named_parameters() if "lora" in n)
+
+
+def test_the_delta_is_the_change_of_the_weight(zoo):
+    skill = trained(zoo, rank=2, targets=TARGETS)
+    with_skill = zoo(IDS)
+    detach(zoo)
+    with torch.no_grad():
+        for name in skill:
+            weight, delta = zoo.get_submodule(name).weight, skill.delta(name)
+            weight += delta.mT if name in skill.embeddings else delta
+    close(zoo(IDS), with_skill)
+
+
+def test_detach_leaves_the_net_as_it_was(zoo):
+    names, before = list(zoo.state_dict()), zoo(IDS)
+    attach(zoo, trained(zoo, targets=TARGETS))
+    detach(zoo)
+    detach(zoo)
+    assert list(zoo.state_dict()) == names
+    assert torch.equal(zoo(IDS), before)
+    with pytest.raises(ValueError, match="there is no skill on this net"):
+        read(zoo)
+
+
+def test_attaching_replaces_what_was_there():
+    net = tiny_policy().net
+    first, second = random_skill(net, seed=1), random_skill(net, rank=2, seed=2, modules=["enter", "leave.1"])
+    attach(net, second)
+    expected = net(*net_inputs())
+    attach(net, first)
+    attach(net, second)
+    assert torch.equal(net(*net_inputs()), expected)
+    assert read(net).fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("rank", [6, 4, 2])
+def test_a_start_is_continued(rank):
+    net = tiny_policy().net
+    start = random_skill(net, rank=4, modules=["enter", "blocks.0.expand"])
+    attach(net, start)
+    expected = net(*net_inputs())
+    params = fresh(net, rank=rank, start=start)
+    assert set(read(net).ranks.values()) == {rank}
+    if rank >= 4:
+        close(net(*net_inputs()), expected)
+        assert len(params) == 2 * len(read(net))
+    else:
+        from skillbank import truncate
+
+        short = truncate(start, rank=rank)
+        close(read(net).delta("enter"), short.delta("enter"))
+
+
+def test_gpt2_conv1d_and_mixed_ranks():
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=20, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    parts = [trained(net, rank=3, targets=["c_attn"]), trained(net, rank=2, targets=["c_attn", "c_proj", "c_fc"])]
+    detach(net)
+    plain = copy.deepcopy(net)
+    attach(net, stack(parts, [0.5, -2.0]))
+    with torch.no_grad():
+        for name in stack(parts):
+            plain.get_submodule(name).weight += sum(w * s.delta(name) for s, w in zip(parts, [0.5, -2.0], strict=True) if name in s).mT
+    close(net(ids).logits, plain(ids).logits)
+
+
+def test_reading_what_peft_put_there():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["0", "2"], rank_pattern={"2": 2}, alpha_pattern={"0": 9})
+    peft = get_peft_model(net, config, adapter_name="mine")
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    skill = read(peft.base_model.model)
+    x = torch.randn(3, 6)
+    expected = peft(x)
+    plain = peft.unload()
+    attach(plain, skill)
+    close(plain(x), expected)
+    assert skill.ranks == {"0": 4, "2": 2}
+
+
+@pytest.mark.parametrize(("options", "message"), [({"use_dora": True}, "'0' carries DoRA"), ({"lora_bias": True}, "'0' carries a LoRA bias")])
+def test_variants_are_refused_by_name(options, message):
+    peft = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], **options))
+    with pytest.raises(ValueError, match=message):
+        read(peft.base_model.model)
+
+
+def test_two_adapters_are_refused():
+    peft = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
+    peft.add_adapter("other", LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"has the adapters \['default', 'other'\]"):
+        read(peft.base_model.model)
+
+
+def test_bad_targets_name_the_layer_and_change_nothing(zoo):
+    names = list(zoo.state_dict())
+    for targets, message in [
+        ("nothing", "no module of the net matches targets='nothing'; it has 'words', 'conv'"),
+        (["norm"], "'norm' is LayerNorm, which cannot carry B @ A"),
+        (["grouped"], "'grouped' is a convolution with groups=2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fresh(zoo, targets=targets)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        fresh(zoo, rank=0)
+    with pytest.raises(ValueError, match=r"start adapts \['conv'\], which are not among the targets"):
+        fresh(zoo, targets=["inner.0"], start=Skill({"conv": (torch.ones(1, 8, 3), torch.ones(6, 1))}))
+    assert list(zoo.state_dict()) == names
+
+
+def test_skills_that_do_not_fit_are_refused_and_change_nothing(zoo):
+    good = trained(zoo, targets=["linear.inner.0"])
+    kept = zoo(IDS)
+    for factors, embeddings, message in [
+        ({"lost": (torch.ones(1, 6), torch.ones(5, 1))}, (), "no module 'lost' that the skill adapts"),
+        ({"linear.inner.0": (torch.ones(1, 7), torch.ones(5, 1))}, (), r"is \(out, in\) \(5, \(6,\)\), the skill's factor is \(5, \(7,\)\)"),
+        ({"norm": (torch.ones(1, 5), torch.ones(5, 1))}, (), "'norm' is LayerNorm"),
+        ({"words": (torch.ones(1, 11), torch.ones(8, 1))}, (), "'words' is Embedding, which the skill does not take it for"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attach(zoo, Skill(factors, frozenset(embeddings)))
+        assert torch.equal(zoo(IDS), kept)
+    assert read(zoo).fingerprint == good.fingerprint
+
+
+def test_base_weights_are_the_same_with_and_without_a_skill(zoo):
+    before = base_weights(zoo, TARGETS)
+    attach(zoo, trained(zoo, targets=TARGETS))
+    after = base_weights(zoo, TARGETS)
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(ValueError, match="no modules 'lost'"):
+        base_weights(zoo, ["lost"])

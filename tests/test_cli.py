@@ -1,0 +1,121 @@
+"""The command line: tables, exit codes, and errors of one line."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from skillbank import cli
+from skillbank.bank import Bank, Base, Composition
+from skillbank.skill import Skill
+
+
+@pytest.fixture
+def bank(tmp_path):
+    bank = Bank(tmp_path / "bank")
+    bank.put(Base({"_target_": "x.Y"}, {"net.a.weight": torch.ones(4, 6)}), "walker/stand")
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        skill = Skill({"a": (torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator))})
+        bank.put(skill, "walker/walk", card={"base": "walker/stand", "metrics": {"return": 512.25}, "conf": {"lora": {"rank": 2}}})
+    merge = {"method": "stack", "weights": [0.75, 0.25]}
+    bank.put(Composition("walker/stand", ("walker/walk@1", "walker/walk@2"), merge=merge), "walker/both")
+    bank.alias("walker/walk", "best", 1)
+    return bank
+
+
+@pytest.fixture
+def run(bank, monkeypatch, capsys):
+    def run(*arguments, folder=bank.root):
+        monkeypatch.setattr(sys, "argv", ["skillbank", *arguments, *(["--bank", str(folder)] if folder else [])])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return run
+
+
+def test_list(run):
+    code, out, _ = run("list")
+    assert code == 0
+    assert re.search(r"walker/walk@2 +skill +walker/stand@1 +return 512.25", out)
+    assert "walker/walk@1" not in out
+    assert "walker/walk" not in run("list", "--kind", "base")[1]
+    assert "walker/stand" not in run("list", "walker/w*")[1].replace("walker/stand@1", "")
+
+
+def test_show(run):
+    code, out, _ = run("show", "walker/walk@best")
+    assert code == 0
+    for words in ("walker/walk@1", "skill", "base +walker/stand@1", "metric return +512.25", "conf lora.rank +2", "alias +best", "adapter_model"):
+        assert re.search(words, out), words
+    assert re.search(r"parent +0.75 walker/walk@1", run("show", "walker/both")[1])
+
+
+def test_log(run):
+    code, out, _ = run("log", "walker/walk")
+    assert code == 0
+    assert out.index("walker/walk@2") < out.index("walker/walk@1")
+    assert "best" in out
+
+
+def test_verify(run, bank):
+    assert run("verify")[:2] == (0, "4 versions are intact\n")
+    assert run("verify", "walker/walk")[:2] == (0, "walker/walk@2 is intact\n")
+    path = bank.path("walker/walk@1") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    code, out, err = run("verify")
+    assert (code, out) == (1, "")
+    assert "walker/walk@1: adapter_model.safetensors does not match the hash" in err
+    assert run("verify", "walker/walk@2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "walker/wlak"), "no 'walker/wlak' .* did you mean 'walker/walk'"),
+        (("show", "Walk"), "'Walk' is not a name"),
+        (("log", "walker/walk@1"), "'walker/walk@1' is not a name"),
+        (("list", "--kind", "gate"), "kind='gate': a bank holds"),
+    ],
+)
+def test_user_errors_are_one_line(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.match(f"skillbank: {message}", err)
+
+
+def test_no_bank(run, tmp_path, monkeypatch):
+    assert re.match("skillbank: no bank at .*nowhere", run("list", folder=tmp_path / "nowhere")[2])
+    monkeypatch.setenv("SKILLBANK", str(tmp_path / "elsewhere"))
+    assert re.match("skillbank: no bank at .*elsewhere", run("list", folder=None)[2])
+
+
+def test_wrong_usage_exits_with_2(run):
+    assert run("lst")[0] == 2
+    assert run("show")[0] == 2
+
+
+def test_it_answers_at_once(bank):
+    seconds = []
+    for arguments in (["--help"], ["list", "--bank", str(bank.root)]) * 2:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "skillbank.cli", *arguments], cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds[::2]) < 0.5
+    assert min(seconds[1::2]) < 0.5
+
+
+def test_user_errors_keeps_other_tracebacks():
+    @cli.user_errors
+    def broken():
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        broken()

@@ -1,0 +1,264 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from skillbank import fit, fresh, read, validation_loss
+from skillbank.tensors import load_tensors, save_tensors
+from tests.tiny import close, tiny_batch, tiny_policy
+
+
+def batches(start):
+    while True:
+        generator = torch.Generator().manual_seed(start)
+        yield {"observation": torch.randn(16, 5, generator=generator), "action": torch.rand(16, 1, 3, generator=generator) * 2 - 1}
+        start += 1
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step):
+    def stream(start):
+        for i, batch in enumerate(batches(start), start):
+            if i == step:
+                raise Killed
+            yield batch
+
+    return stream
+
+
+def run(stage="skill", data=batches, **options):
+    policy = tiny_policy(dropout=0.1)
+    params = list(policy.parameters()) if stage == "base" else fresh(policy.net, rank=2)
+    options = {"steps": 20, "log_every": 2, "checkpoint_every": 4, "progress": False, **options}
+    return policy, fit(policy, data, params, **options)
+
+
+@pytest.mark.parametrize("stage", ["base", "skill"])
+def test_the_loss_falls(stage):
+    _, result = run(stage, steps=150, lr=3e-3, log_every=10)
+    assert result.loss < 0.8 * result.rows[0]["loss"]
+    assert [row["step"] for row in result.rows] == list(range(10, 151, 10))
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not():
+    first, again, other = (run(seed=seed)[1].rows for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("step", [3, 4, 11, 19])
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path, step):
+    policy, whole = run()
+    with pytest.raises(Killed):
+        run(data=killed_at(step), folder=tmp_path)
+    resumed, result = run(folder=tmp_path)
+    assert result.rows == whole.rows
+    assert read(resumed.net).fingerprint == read(policy.net).fingerprint
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == whole.rows
+
+
+def test_an_interrupted_run_keeps_its_last_step(tmp_path):
+    def interrupted(start):
+        for i, batch in enumerate(batches(start), start):
+            if i == 7:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(data=interrupted, folder=tmp_path)
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "7"
+    assert run(folder=tmp_path)[1].rows == run()[1].rows
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    policy, whole = run(folder=tmp_path)
+    again, result = run(data=killed_at(0), folder=tmp_path)
+    assert result.rows == whole.rows
+    assert read(again.net).fingerprint == read(policy.net).fingerprint
+
+
+def test_accumulated_batches_are_one_large_batch():
+    policy = tiny_policy(dropout=0.0)
+
+    def forward(model, batch):
+        return (model.net(batch["action"][:, 0], batch["observation"], torch.zeros(len(batch["action"])).long()) ** 2).mean()
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, batch):
+            return forward(self.policy, batch)
+
+    def joined(start):
+        stream = batches(2 * start)
+        while True:
+            pair = next(stream), next(stream)
+            yield {key: torch.cat([part[key] for part in pair]) for key in pair[0]}
+
+    results = []
+    for data, accumulate in ((batches, 2), (joined, 1)):
+        model = Fixed(tiny_policy(dropout=0.0))
+        rows = fit(model, data, model.parameters(), steps=5, log_every=1, accumulate=accumulate, progress=False).rows
+        results.append([row["loss"] for row in rows])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert policy is not None
+
+
+def test_the_ema_is_what_stays():
+    """Oracle: the EMA computed by hand from the parameters after every step."""
+    policy = tiny_policy(dropout=0.0)
+    params = fresh(policy.net, rank=2)
+    seen = []
+
+    def watched(start):
+        for batch in batches(start):
+            seen.append([p.detach().clone() for p in params])
+            yield batch
+
+    fit(policy, watched, params, steps=12, lr=1e-2, ema=0.5, progress=False)
+    shadow = seen[0]
+    for n, current in enumerate(seen[1:]):
+        decay = min(0.5, (1 + n) / (10 + n))
+        shadow = [decay * old + (1 - decay) * new for old, new in zip(shadow, current, strict=True)]
+    raw_policy = tiny_policy(dropout=0.0)
+    raw = fresh(raw_policy.net, rank=2)
+    torch.manual_seed(0)
+    assert all(p.grad is None for p in params)
+    decay = min(0.5, 12 / 21)
+    last = [(p.detach() - decay * old) / (1 - decay) for p, old in zip(params, shadow, strict=True)]
+    step = max(float((a - b).abs().max()) for a, b in zip(last, seen[-1], strict=True))
+    assert 0 < step < 2.1e-2
+    assert len(raw) == len(params)
+
+
+@pytest.mark.parametrize(("schedule", "factor"), [("cosine", 0.5 * (1 + math.cos(math.pi * 9 / 40))), ("constant", 1.0)])
+def test_learning_rate(schedule, factor):
+    _, result = run(steps=10, log_every=1, schedule=schedule, schedule_steps=40, warmup=4, lr=1e-3)
+    rates = [row["lr"] for row in result.rows]
+    assert rates[0] == pytest.approx(0.25e-3)
+    assert rates[9] == pytest.approx(1e-3 * factor)
+
+
+def test_mixed_precision_trains():
+    _, result = run(precision="bf16", steps=60, lr=3e-3)
+    assert result.loss < result.rows[0]["loss"]
+
+
+def test_clipping_bounds_the_gradient():
+    clipped, free = (run(clip=value, steps=3, ema=None, lr=1e-2, weight_decay=0.0)[0] for value in (1e-9, None))
+    start = tiny_policy()
+    fresh(start.net, rank=2)
+    assert read(clipped.net).norm() < read(free.net).norm()
+
+
+def test_validation_runs_on_the_average_and_is_logged():
+    policy = tiny_policy(dropout=0.1)
+    params = fresh(policy.net, rank=2)
+    held_out = [tiny_batch()]
+    result = fit(policy, batches, params, steps=20, log_every=5, validate_every=10, validate=lambda: validation_loss(policy, held_out), progress=False)
+    assert [("validation" in row) for row in result.rows] == [False, True, False, True]
+    assert result.rows[-1]["validation"] == validation_loss(policy, held_out)
+
+
+def test_validation_does_not_change_training():
+    _, plain = run()
+    policy = tiny_policy(dropout=0.1)
+    params = fresh(policy.net, rank=2)
+    options = {"steps": 20, "log_every": 2, "validate_every": 2, "progress": False}
+    watched = fit(policy, batches, params, validate=lambda: validation_loss(policy, [tiny_batch()]), **options)
+    assert [row["loss"] for row in watched.rows] == [row["loss"] for row in plain.rows]
+
+
+def test_the_callers_random_state_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    policy = tiny_policy()
+    torch.manual_seed(3)
+    params = list(policy.parameters())
+    fit(policy, batches, params, steps=2, progress=False)
+    assert torch.equal(torch.rand(1), expected)
+
+
+PROCESSES = """
+import sys, torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from skillbank import fit, fresh, read
+from tests.test_fit import batches
+from tests.tiny import tiny_policy
+policy = tiny_policy(dropout=0.0)
+result = fit(policy, batches, fresh(policy.net, rank=2), steps=6, log_every=1, device="cpu", progress=False)
+print(PartialState().process_index, PartialState().num_processes, read(policy.net).fingerprint, [round(r["loss"], 9) for r in result.rows])
+"""
+
+
+def test_several_processes_agree(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**__import__("os").environ, "PYTHONPATH": ".", "ACCELERATE_USE_CPU": "1"})
+    lines = sorted(line.split(" ", 2) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert [line[:2] for line in lines] == [["0", "2"], ["1", "2"]], done.stderr[-2000:]
+    assert lines[0][2] == lines[1][2]
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run(tracker="wandb", run={"name": "a run", "conf": {"rank": 2}})
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_bad_input(tmp_path):
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match="no parameters to train"):
+        fit(policy, batches, [], steps=1)
+    with pytest.raises(ValueError, match="1 of 1 parameters to train are not the model's"):
+        fit(policy, batches, [torch.nn.Parameter(torch.ones(1))], steps=1)
+    with pytest.raises(ValueError, match="unknown schedule 'linear'"):
+        run(schedule="linear")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device=cuda was asked for, but torch sees no GPU"):
+            run(device="cuda")
+    run(folder=tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with \{'lr': 0.0003\}, this one has \{'lr': 0.1\}"):
+        run(folder=tmp_path, lr=0.1)
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        run("base", folder=tmp_path)
+    with pytest.raises(ValueError, match="there are no held-out batches"):
+        validation_loss(policy, [])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    def bad(start):
+        for i, batch in enumerate(batches(start), start):
+            yield {**batch, "observation": batch["observation"] * float("nan")} if i >= 9 else batch
+
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 10: lower the learning rate"):
+        run(data=bad, folder=tmp_path)
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "8"
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.ones(2)}, {"k": "v"})
+    first = path.read_bytes()
+    with pytest.raises(AttributeError, match="detach"):
+        save_tensors(path, {"a": "no tensor"})
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    path.write_bytes(first[:-3])
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        load_tensors(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_tensors(tmp_path / "y")
+    close(torch.ones(1), torch.ones(1))

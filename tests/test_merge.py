@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skillbank import Skill, merge
+from skillbank.merge import METHODS
+from tests.test_skill import flat, make
+
+parents = st.lists(st.builds(make, st.integers(0, 10**6), st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(0, 3))), min_size=1, max_size=4)
+
+
+@given(parents, st.integers(1, 4), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_certificate_tells_the_dense_truth(skills, rank, data):
+    weights = data.draw(st.lists(st.floats(-2, 2).filter(lambda w: abs(w) > 0.01), min_size=len(skills), max_size=len(skills)))
+    merged = merge(skills, weights, method="svd", rank=rank)
+    total = sum(w * flat(s) for s, w in zip(skills, weights, strict=True))
+    error = float((flat(merged) - total).norm() / total.norm())
+    certificate = merged.certificate
+    assert certificate.error == pytest.approx(error, abs=1e-9)
+    assert certificate.energy == pytest.approx(float(flat(merged).square().sum() / total.square().sum()), abs=1e-8)
+    assert certificate.ranks == merged.ranks
+    assert certificate.exact == (error < 1e-13)
+    assert set(certificate.errors) == set(merged)
+
+
+@given(parents)
+@settings(max_examples=30, deadline=None)
+def test_stack_is_certified_exact_and_weights_default_to_the_mean(skills):
+    merged = merge(skills)
+    assert merged.certificate.exact
+    torch.testing.assert_close(flat(merged), sum(flat(s) for s in skills) / len(skills))
+
+
+def test_float32_is_exact_up_to_rounding():
+    merged = merge([make(0, (2, 2, 2), torch.float32), make(1, (3, 3, 3), torch.float32)], [0.3, -0.7])
+    assert merged.certificate.exact
+    assert 0 < merged.certificate.error < 1e-6
+
+
+def test_conflict_is_the_cosine_of_the_weighted_skills():
+    one = make(0, (2, 2, 2))
+    certificate = merge([one, one], [1.0, -0.5]).certificate
+    assert certificate.conflict == [[pytest.approx(1), pytest.approx(-1)], [pytest.approx(-1), pytest.approx(1)]]
+
+
+def test_skills_that_cancel():
+    one = make(0, (2, 2, 2))
+    certificate = merge([one, one], [1.0, -1.0]).certificate
+    assert (certificate.exact, certificate.error) == (True, 0.0)
+    halved = merge([one, one], [1.0, -1.0], method=lambda skills, weights: skills[0]).certificate
+    assert (halved.exact, halved.error, halved.energy) == (False, math.inf, 0.0)
+
+
+def test_svd_defaults_to_the_largest_rank():
+    assert merge([make(0, (2, 2, 1)), make(1, (4, 1, 1))], method="svd").ranks == {"a": 4, "b": 3, "c": 2}
+
+
+def test_an_error_instead_of_a_rank():
+    skills = [make(i, (4, 4, 3)) for i in range(3)]
+    assert merge(skills, method="svd", error=0.3).certificate.error <= 0.3
+    assert merge(skills, method="svd", error=0.0).certificate.exact
+
+
+def test_a_function_is_a_method_too():
+    def halved(skills, weights):
+        return skills[0].scaled(float(weights[0]) / 2)
+
+    certificate = merge([make(0, (2, 2, 2))], [1.0], method=halved).certificate
+    assert (certificate.method, certificate.exact, certificate.error) == ("halved", False, pytest.approx(0.5))
+
+
+def test_the_certificate_is_plain_data():
+    import json
+
+    assert json.loads(json.dumps(merge([make(0, (2, 2, 2))]).certificate.to_dict()))["method"] == "stack"
+
+
+def test_bad_input():
+    one = make(0, (2, 2, 2))
+    with pytest.raises(ValueError, match="needs at least one skill"):
+        merge([])
+    with pytest.raises(ValueError, match=r"weights of shape \(1,\) for 2 skills"):
+        merge([one, one], [1.0])
+    with pytest.raises(ValueError, match=r"weights must be finite, got \[nan\]"):
+        merge([one], [float("nan")])
+    with pytest.raises(ValueError, match="unknown merge method 'stak': did you mean 'stack'"):
+        merge([one], method="stak")
+    with pytest.raises(ValueError, match=r"unknown merge method 'zz': choose one of \['stack', 'svd'\]"):
+        merge([one], method="zz")
+    with pytest.raises(TypeError, match="ranc"):
+        merge([one], method="svd", ranc=3)
+
+
+def test_every_method_is_documented():
+    assert all(function.__doc__ for function in METHODS.values())
+    assert isinstance(merge([make(0, (1, 1, 1))]), Skill)

@@ -1,0 +1,56 @@
+"""Demonstrations -> base or skill -> bank. `python train.py task=walker/walk base=walker/stand`."""
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import skillbank as sb
+from skillbank.attach import base_weights
+from skillbank.bank import base_fingerprint
+from skillbank.cli import user_errors
+from skillbank.fit import run_folder
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train")
+@user_errors
+def main(cfg: DictConfig) -> None:
+    """Train what the configuration says and put it in the bank."""
+    conf = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(conf, dict)
+    task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
+    start = [str(bank.resolve(ref)) for ref in cfg.start]
+    base = None if cfg.base is None else str(bank.resolve(cfg.base))
+    torch.manual_seed(cfg.seed)
+    if base is None:
+        model = instantiate(cfg.model, **task.dimensions, _convert_="all")
+        params = list(model.parameters())
+    else:
+        model = sb.load(base, bank)
+        params = sb.fresh(model.net, **conf["lora"], start=sb.merge([bank.get(ref) for ref in start]) if start else None)
+    folder = run_folder("train", cfg.name, [conf, base, start, task.data_hash])
+    result = sb.fit(
+        model,
+        task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
+        params,
+        seed=cfg.seed,
+        folder=folder,
+        validate=lambda: sb.validation_loss(model, task.validation(batch_size=1024)),
+        **conf["fit"],
+        **conf["logger"],
+        run={"name": cfg.name, "conf": conf},
+    )
+    metrics = {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
+    metrics |= task.evaluate(model, episodes=cfg.episodes) if cfg.episodes else {}
+    card = {"conf": conf, "data": {task.demonstrations.source: task.data_hash}, "metrics": metrics, "parents": start}
+    if base is None:
+        thing = sb.Base({**conf["model"], **task.dimensions}, model.state_dict())
+    else:
+        thing = sb.read(model.net)
+        card["base"] = {"ref": base, "fingerprint": base_fingerprint(base_weights(model.net, thing), thing)}
+    ref = bank.put(thing, cfg.name, card=card)
+    print(f"{ref}  " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()
