@@ -9,6 +9,7 @@ import skillbank as sb
 from skillbank.cli import user_errors
 from skillbank.fit import run_folder
 from skillbank.load import build, skills_on_base
+from skillbank.report import markdown, write_report
 
 
 def composition_name(task: str, base: str, skills: list[str]) -> str:
@@ -52,7 +53,14 @@ def main(cfg: DictConfig) -> None:
         )
         composition = sb.Composition(base, refs, gate=gate, tensors=model.gate.state_dict())
         metrics = {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
-    ...
+    rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
+    rows = [{"row": row} | task.evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
+    metrics |= task.evaluate(model, episodes=cfg.episodes) if cfg.episodes else {}
+    card = {"conf": conf, "data": {task.demonstrations.source: task.data_hash}, "metrics": metrics}
+    ref = str(bank.put(composition, name, card=card))
+    print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
+    if rows and cfg.report:
+        print(f"report: {write_report(ref, bank, task, rows, folder)}")
 
 
 if __name__ == "__main__":

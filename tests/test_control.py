@@ -118,16 +118,53 @@ def test_held_out_episodes_do_not_change_what_is_trained_on(make):
     assert make(episodes=2, held_out=2).data_hash == make(episodes=2).data_hash != make(episodes=3).data_hash
 
 
-def test_a_transform_gets_the_generator_of_the_step(make):
-    def jitter(batch, generator):
-        noise = torch.from_numpy(generator.normal(size=batch["observation"].shape)).float()
-        return {**batch, "observation": batch["observation"] + noise}
-
-    plain, task = make(), make(transform=jitter)
-    one, two = (next(task.batches(batch_size=5, seed=3)(start)) for start in (11, 11))
+def test_observation_noise_has_the_stated_size_and_leaves_actions_alone(make):
+    plain, noisy = make(), make(observation_noise=0.5)
+    one, two = (next(noisy.batches(batch_size=4000, seed=3)(11)) for _ in range(2))
+    clean = next(plain.batches(batch_size=4000, seed=3)(11))
     assert torch.equal(one["observation"], two["observation"])
-    assert torch.equal(one["action"], next(plain.batches(batch_size=5, seed=3)(11))["action"])
-    assert not torch.equal(one["observation"], next(plain.batches(batch_size=5, seed=3)(11))["observation"])
+    assert torch.equal(one["action"], clean["action"])
+    deviation = (one["observation"] - clean["observation"]).std(0)
+    expected = 0.5 / 3**0.5 * torch.from_numpy(noisy.demonstrations.observations.std(0))
+    torch.testing.assert_close(deviation, expected, rtol=0.1, atol=0)
+
+
+def test_half_of_the_examples_are_seen_in_the_mirror(make):
+    order = {"observation": [1, 0, *range(2, 24)], "action": [5, 4, 3, 2, 1, 0]}
+    task = make(mirror=order)
+    task.demonstrations.observations[:, 0] += 1000
+    task.demonstrations.actions[:, 0] = -1
+    batch = next(task.batches(batch_size=2000, seed=0)(0))
+    flipped = batch["observation"][:, 1] > 900
+    assert 0.45 < flipped.float().mean() < 0.55
+    assert torch.equal(flipped, batch["observation"][:, 0] < 900)
+    assert torch.equal(flipped, batch["action"][:, 0, 5] == -1)
+    assert torch.equal(~flipped, batch["action"][:, 0, 0] == -1)
+
+
+def test_rehearsal_takes_its_share_and_only_the_steps_it_names(make, path):
+    task = make(episodes=1, rehearsal={"demonstrations": path, "share": 0.25, "feature": 14, "below": 13.0, "episodes": 4})
+    batch = next(task.batches(batch_size=400, seed=0)(0))
+    rows = rows_of(batch)
+    assert (rows[:300] < 4).all()
+    assert set(rows[300:].tolist()) == set(range(13))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"observation_noise": -1.0}, "observation_noise=-1.0"),
+        ({"mirror": {"observation": [0], "action": list(range(6))}}, r"mirror.observation must be a permutation of 0..23, got \[0\]"),
+        ({"mirror": {"observation": list(range(24))}}, r"mirror.action must be a permutation of 0..5, got \[\]"),
+        ({"rehearsal": {"demonstrations": "PATH", "share": 1.0}}, r"share is the part of a batch, in \(0, 1\), got 1.0"),
+        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14}}, "feature and below together, got feature=14 and below=None"),
+        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14, "below": -1.0}}, "no step of .* has observation feature 14 below -1.0"),
+    ],
+)
+def test_bad_augmentation(make, path, options, message):
+    options = {key: {**value, "demonstrations": path} if key == "rehearsal" else value for key, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_evaluation_episodes(make):
@@ -176,9 +213,9 @@ def test_description_is_plain_data(make, path):
     ("options", "message"),
     [
         ({"horizon": 0}, r"task 'walker/walk': horizon and episodes must be at least 1.*got horizon=0"),
-        ({"held_out": -1}, r"held_out and seed at least 0, got horizon=1, held_out=-1"),
+        ({"held_out": -1}, r"the others at least 0, got horizon=1, held_out=-1"),
         ({"episodes": 0}, r"must be at least 1, .*episodes=0"),
-        ({"seed": -1}, r"seed at least 0, got .*seed=-1"),
+        ({"seed": -1}, r"the others at least 0, got .*seed=-1"),
         ({"held_out": 4}, r"a\.npz has 4 episodes, nothing is left beside held_out=4"),
         ({"episodes": 3, "held_out": 2}, r"a\.npz has 4 episodes, asked for 5"),
     ],

@@ -29,10 +29,9 @@ def test_parse_inverts_str(ref):
 def test_str_inverts_parse_and_the_rest_is_refused(text):
     try:
         ref = Ref.parse(text)
-    except ValueError as error:
-        assert str(error)
-    else:
-        assert str(ref) == text
+    except ValueError:
+        return
+    assert str(ref) == text
 
 
 @pytest.mark.parametrize(

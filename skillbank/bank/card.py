@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypedDict
 
-from skillbank.bank.sealed import seal, unseal
+from skillbank.bank.refs import did_you_mean
+from skillbank.bank.sealed import canonical, seal, unseal
 
-__all__ = ["CARD_FILE", "FORMAT", "KINDS", "README_FILE", "BaseLink", "Card", "Parent", "content_hash", "readme", "tool_versions"]
+__all__ = ["CARD_FILE", "FORMAT", "KINDS", "README_FILE", "BaseLink", "Card", "Parent", "check_extra", "content_hash", "readme", "tool_versions"]
 
 FORMAT = 1
 KINDS = ("base", "skill", "composition")
@@ -125,6 +126,21 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Check the fields of a card that the user gives.
+
+    Raises:
+        ValueError: a field that a card does not have, of the wrong type, or with a value that JSON has no word for.
+
+    """
+    for name, value in extra.items():
+        if name not in _GIVEN:
+            raise ValueError(f"the card has no field {name!r}: {did_you_mean(name, [*_GIVEN, 'base', 'parents'])}")
+        if not isinstance(value, _GIVEN[name]) or (name == "tags" and (isinstance(value, str) or not all(isinstance(tag, str) for tag in value))):
+            raise ValueError(f"card field {name!r} is {value!r}, it must be of type {_GIVEN[name].__name__}")
+        canonical(value, f"card field {name!r}")
+
+
 def _is_link(link: object, form: type, needed: Iterable[str]) -> bool:
     if not isinstance(link, dict) or set(link) != set(form.__annotations__):
         return False
@@ -137,6 +153,9 @@ def _is_entry(name: str, entry: object) -> bool:
     return plain and isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("size"), int)
 
 
+_GIVEN: Mapping[str, type[Any]] = {"conf": Mapping, "data": Mapping, "metrics": Mapping, "tags": Sequence, "license": str, "notes": str}
+
+
 def content_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
     """SHA-256 over names and SHA-256s of the payload files, in the order of the names; the model card is no payload."""
     total = hashlib.sha256()
@@ -145,8 +164,11 @@ def content_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
     return total.hexdigest()
 
 
-def tool_versions() -> dict[str, str]:
+@functools.cache
+def tool_versions() -> Mapping[str, str]:
     """Versions of the installed tools that have a say in what is stored."""
+    import importlib.metadata
+
     found: dict[str, str] = {}
     for tool in _TOOLS:
         try:

@@ -1,10 +1,14 @@
-"""Sealed JSON: a canonical text that carries its own SHA-256, so that no byte of it can change unseen."""
+"""Sealed JSON: a canonical text that carries its own SHA-256, so that no byte of it can change unseen.
+
+The seal is a top-level field: the SHA-256 of the whole file with the 64 digits of the seal itself written as zeros.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ from typing import Any
 __all__ = ["canonical", "file_digest", "fsync", "seal", "unseal", "write_new"]
 
 _LARGEST = 16 * 2**20
+_BLANK = b"0" * 64
+_SEAL = re.compile(rb'(?<=^  "seal": ")[0-9a-f]{64}(?=",?$)', re.MULTILINE)  # fields of the top level, and they alone, stand behind two spaces
 
 
 def canonical(value: object, what: str = "value") -> bytes:
@@ -29,28 +35,28 @@ def canonical(value: object, what: str = "value") -> bytes:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Canonical bytes of `body` with a `seal`: the SHA-256 of its canonical bytes without the seal."""
-    return canonical({**body, "seal": hashlib.sha256(canonical(body)).hexdigest()})
+    """Canonical bytes of `body` with a seal."""
+    blank = canonical({**body, "seal": _BLANK.decode()})
+    return _SEAL.sub(hashlib.sha256(blank).hexdigest().encode(), blank)
 
 
 def unseal(data: bytes) -> dict[str, Any]:
     """Body of sealed bytes; inverse of `seal`.
 
     Raises:
-        ValueError: the bytes are not what `seal` wrote.
+        ValueError: a byte is not what `seal` wrote.
 
     """
     if len(data) > _LARGEST:
         raise ValueError(f"has {len(data)} bytes, more than the {_LARGEST} that are read")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("is not valid JSON") from None
-    if not isinstance(body, dict) or "seal" not in body:
-        raise ValueError("has no seal")
-    del body["seal"]
-    if seal(body) != data:
+    seals = _SEAL.findall(data)
+    if len(seals) != 1 or hashlib.sha256(_SEAL.sub(_BLANK, data)).hexdigest().encode() != seals[0]:
         raise ValueError("does not match its seal: it was changed after it was written")
+    try:
+        body: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("is sealed but no JSON") from None
+    del body["seal"]
     return body
 
 

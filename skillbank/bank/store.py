@@ -22,11 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skillbank.bank.card import CARD_FILE, KINDS, README_FILE, Card, content_hash, readme, tool_versions
+from skillbank.bank.card import CARD_FILE, KINDS, README_FILE, Card, check_extra, content_hash, readme, tool_versions
 from skillbank.bank.links import common_base, links
 from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
 from skillbank.bank.refs import Ref, UnknownRef, check_alias, check_name, did_you_mean, parse_version
-from skillbank.bank.sealed import canonical, file_digest, fsync, seal, unseal, write_new
+from skillbank.bank.sealed import file_digest, fsync, seal, unseal, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.verify import Problem
@@ -35,7 +35,6 @@ __all__ = ["Bank", "Entry"]
 
 ALIASES_FILE = "aliases.json"
 _ALIAS_FORMAT = 1
-_EXTRA = frozenset({"base", "parents", "conf", "data", "metrics", "tags", "license", "notes"})
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,6 @@ class Bank:
     def __repr__(self) -> str:
         """Return `Bank('adapters')`."""
         return f"Bank({str(self.root)!r})"
-
-    # Reading: names, references, cards.
 
     def names(self) -> Iterator[tuple[str, builtins.list[int]]]:
         """Every name with its versions, both in order.
@@ -133,8 +130,7 @@ class Bank:
 
     def path(self, ref: str | Ref) -> Path:
         """Folder of a version, which PEFT can load."""
-        ref = self.resolve(ref)
-        return self.root / ref.name / str(ref.number)
+        return self._folder(self.resolve(ref))
 
     def card(self, ref: str | Ref) -> Card:
         """Card of a version.
@@ -179,12 +175,10 @@ class Bank:
 
         ref = self.resolve(ref)
         card = self._card(ref)
-        problems = [*check_files(self, ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
+        problems = [*check_files(self._folder(ref), ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
         if problems:
             raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
-        return read_payload(card.kind, self.path(ref))
-
-    # Writing.
+        return read_payload(card.kind, self._folder(ref))
 
     def put(self, thing: Thing, name: str, *, card: Mapping[str, Any] | None = None, adapter: Mapping[str, Any] | None = None) -> Ref:
         """Store a new version, or find the one that holds the same already.
@@ -206,19 +200,15 @@ class Bank:
 
         """
         check_name(name)
-        extra = dict(card or {})
-        unknown = set(extra) - _EXTRA
-        if unknown:
-            raise ValueError(f"the card has no field {min(unknown)!r}: {did_you_mean(min(unknown), _EXTRA)}")
-        for key, value in extra.items():
-            if key not in ("base", "parents"):
-                canonical(value, f"card field {key!r}")
+        kind = kind_of(thing)
+        extra = {key: value for key, value in (card or {}).items() if value is not None}
+        check_extra({key: value for key, value in extra.items() if key not in ("base", "parents")})
         thing, base, parents = links(self, thing, extra.pop("base", None), extra.pop("parents", ()))
         hashes = {str(link["ref"]): str(link["hash"]) for link in (base, *parents) if link is not None}
         with self._temporary() as folder:
             write_payload(thing, folder, hashes, adapter or {})
             files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
-            made = Card(kind=kind_of(thing), hash=content_hash(files), files=files, base=base, parents=parents)
+            made = Card(kind=kind, hash=content_hash(files), files=files, base=base, parents=parents)
             created = datetime.now(UTC).isoformat(timespec="seconds")
             made = replace(made, **{**extra, "tags": tuple(extra.get("tags", ()))}, tools=tool_versions(), created=created)
             return self._publish(folder, name, made)
@@ -244,8 +234,6 @@ class Bank:
             fsync(folder)
         return ref
 
-    # Within.
-
     def _walk(self, name: str) -> Iterator[tuple[str, builtins.list[int]]]:
         numbers: builtins.list[int] = []
         deeper: builtins.list[str] = []
@@ -260,9 +248,12 @@ class Bank:
         for each in sorted(deeper):
             yield from self._walk(f"{name}/{each}" if name else each)
 
+    def _folder(self, ref: Ref) -> Path:
+        return self.root / ref.name / str(ref.number)
+
     def _card(self, ref: Ref) -> Card:
         try:
-            return Card.from_bytes((self.root / ref.name / str(ref.number) / CARD_FILE).read_bytes())
+            return Card.from_bytes((self._folder(ref) / CARD_FILE).read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{ref}: {CARD_FILE} is missing") from None
         except ValueError as error:
@@ -293,7 +284,8 @@ class Bank:
         """Finish a version in its temporary folder and rename it to the next free number."""
         write_new(folder / README_FILE, readme(name, card).encode())
         card = replace(card, files={**card.files, README_FILE: _entry(folder / README_FILE)})
-        write_new(folder / CARD_FILE, card.to_bytes())
+        write_new(folder / CARD_FILE, data := card.to_bytes())
+        Card.from_bytes(data)
         for path in folder.iterdir():
             fsync(path)
         fsync(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skillbank.bank.card import CARD_FILE, Card, content_hash
@@ -33,9 +34,10 @@ class Problem:
 
 
 def verify(bank: Bank, ref: str | Ref | None = None) -> list[Problem]:
-    """Every problem of one version, or of all versions and aliases."""
+    """Every problem of one version and the aliases of its name, or of all versions and aliases."""
     if ref is not None:
-        return list(_check_version(bank, bank.resolve(ref)))
+        ref = bank.resolve(ref)
+        return [*_check_aliases(bank, ref.name, bank.versions(ref.name)), *_check_version(bank, ref)]
     problems: list[Problem] = []
     for name, numbers in bank.names():
         problems += _check_aliases(bank, name, numbers)
@@ -44,9 +46,8 @@ def verify(bank: Bank, ref: str | Ref | None = None) -> list[Problem]:
     return problems
 
 
-def check_files(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
+def check_files(folder: Path, ref: Ref, card: Card) -> Iterator[Problem]:
     """Files that are missing, strange, or not what the card says."""
-    folder = bank.path(ref)
     present = {entry.name: entry for entry in os.scandir(folder)}
     for name in sorted(set(present) - set(card.files) - {CARD_FILE}):
         yield Problem(str(ref), name, "is not in the card: take it out of the folder")
@@ -88,7 +89,7 @@ def _check_version(bank: Bank, ref: Ref) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(str(ref), CARD_FILE, str(error).removeprefix(f"{ref}: {CARD_FILE} "))
         return
-    problems = list(check_files(bank, ref, card))
+    problems = list(check_files(bank.path(ref), ref, card))
     yield from problems
     yield from check_links(bank, ref, card)
     if not problems:

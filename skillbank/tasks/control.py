@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,9 @@ from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
 if TYPE_CHECKING:
     from skillbank.tasks.environments import Rollout
 
-__all__ = ["ControlTask", "Transform", "summary"]
+__all__ = ["ControlTask", "Rehearsal", "summary"]
 
 EPISODES_PER_SEED = 1000
-
-Transform = Callable[[Batch, np.random.Generator], Batch]
-"""Augmentation of a training batch; all its randomness comes from the generator, which belongs to the step."""
 
 
 class ControlTask:
@@ -42,7 +39,11 @@ class ControlTask:
         evaluation_episodes: episodes per evaluation, at most 1000.
         max_steps: stop evaluation episodes here; None waits for their end.
         seed: added to the seed of every evaluation.
-        transform: augmentation of training batches, e.g. a mirror.
+        observation_noise: Gaussian noise on the observations of training batches; every example draws its level uniformly between 0 and this
+            many standard deviations of each feature over the training demonstrations.
+        mirror: a symmetry of the environment as two permutations, `{"observation": [...], "action": [...]}`; half of the examples of a training
+            batch, at random, are seen in the mirror.
+        rehearsal: examples of an old task that are trained on as well, see `Rehearsal`; None trains on the demonstrations alone.
 
     Raises:
         FileNotFoundError: there are no such demonstrations.
@@ -63,13 +64,15 @@ class ControlTask:
         evaluation_episodes: int = 10,
         max_steps: int | None = None,
         seed: int = 0,
-        transform: Transform | None = None,
+        observation_noise: float = 0.0,
+        mirror: Mapping[str, Sequence[int]] | None = None,
+        rehearsal: Mapping[str, Any] | None = None,
     ) -> None:
-        if horizon < 1 or held_out < 0 or seed < 0 or (episodes is not None and episodes < 1):
-            given = f"{horizon=}, {held_out=}, {seed=}, {episodes=}"
-            raise ValueError(f"task {name!r}: horizon and episodes must be at least 1, held_out and seed at least 0, got {given}")
+        if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or (episodes is not None and episodes < 1):
+            given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {episodes=}"
+            raise ValueError(f"task {name!r}: horizon and episodes must be at least 1, the others at least 0, got {given}")
         self.name, self.environment, self.horizon, self.execute = name, environment, horizon, execute
-        self.evaluation_episodes, self.max_steps, self.seed, self.transform = evaluation_episodes, max_steps, seed, transform
+        self.evaluation_episodes, self.max_steps, self.seed = evaluation_episodes, max_steps, seed
         everything = load_demonstrations(demonstrations, episodes=None if episodes is None else episodes + held_out)
         if len(everything) <= held_out:
             raise ValueError(f"task {name!r}: {demonstrations} has {len(everything)} episodes, nothing is left beside held_out={held_out}")
@@ -78,6 +81,9 @@ class ControlTask:
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
         self._examples = _Examples(self.demonstrations, horizon)
+        self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
+        self._mirror = None if mirror is None else _permutations(name, mirror, self.observation_dim, self.action_dim)
+        self.rehearsal = None if rehearsal is None else Rehearsal(**rehearsal, horizon=horizon)
 
     def __repr__(self) -> str:
         """One line: name, environment, demonstrations."""
@@ -115,14 +121,29 @@ class ControlTask:
         if batch_size < 1 or seed < 0:
             raise ValueError(f"task {self.name!r}: batches need a batch size of at least 1 and a seed of at least 0, got {batch_size=}, {seed=}")
 
+        rehearsed = 0 if self.rehearsal is None else round(self.rehearsal.share * batch_size)
+
         def stream(start: int) -> Iterator[Batch]:
             for step in count(start):
                 generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
-                rows = torch.from_numpy(generator.integers(0, len(self._examples), batch_size))
-                batch = self._examples.batch(rows)
-                yield batch if self.transform is None else self.transform(batch, generator)
+                batch = self._examples.draw(batch_size - rehearsed, generator)
+                if self.rehearsal is not None:
+                    old = self.rehearsal.examples.draw(rehearsed, generator)
+                    batch = {key: torch.cat([value, old[key]]) for key, value in batch.items()}
+                yield self._augmented(batch, generator)
 
         return stream
+
+    def _augmented(self, batch: dict[str, Tensor], generator: np.random.Generator) -> Batch:
+        if self._mirror is not None:
+            flip = torch.from_numpy(generator.random(len(batch["observation"])) < 0.5)
+            for key, order in self._mirror.items():
+                batch[key] = torch.where(flip.view(-1, *[1] * (batch[key].dim() - 1)), batch[key][..., order], batch[key])
+        if self._noise.any():
+            rows, features = batch["observation"].shape
+            level = torch.from_numpy(generator.random((rows, 1), np.float32))
+            batch["observation"] = batch["observation"] + level * self._noise * torch.from_numpy(generator.standard_normal((rows, features), np.float32))
+        return batch
 
     def validation(self, *, batch_size: int) -> Iterator[Batch]:
         """One pass over the held-out steps in their order; the last batch may be smaller.
@@ -204,20 +225,74 @@ def summary(returns: NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-class _Examples:
-    """Steps of demonstrations as tensors, with the rows of the actions that follow each."""
+class Rehearsal:
+    """Examples of an old task that a new skill is trained on as well, so that it keeps what it would otherwise unlearn.
 
-    def __init__(self, demonstrations: Demonstrations, horizon: int) -> None:
+    Args:
+        demonstrations: of the old task, see `load_demonstrations`.
+        share: part of every batch, in (0, 1).
+        episodes: the first this many; None for all.
+        feature: position of an observation feature that chooses steps, or None for all steps.
+        below: keep the steps where that feature is below this.
+        horizon: H.
+
+    Raises:
+        ValueError: a share out of range, only one of feature and below, or no step that is left.
+
+    """
+
+    def __init__(
+        self,
+        demonstrations: str,
+        *,
+        share: float,
+        episodes: int | None = None,
+        feature: int | None = None,
+        below: float | None = None,
+        horizon: int = 1,
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"rehearsal: share is the part of a batch, in (0, 1), got {share}")
+        if (feature is None) != (below is None):
+            raise ValueError(f"rehearsal: give feature and below together, got {feature=} and {below=}")
+        self.share = share
+        self.demonstrations = load_demonstrations(demonstrations, episodes=episodes)
+        rows = np.arange(len(self.demonstrations.rewards))
+        if feature is not None:
+            rows = np.flatnonzero(self.demonstrations.observations[:, feature] < below)
+            if not len(rows):
+                raise ValueError(f"rehearsal: no step of {demonstrations} has observation feature {feature} below {below}")
+        self.examples = _Examples(self.demonstrations, horizon, rows)
+
+
+def _permutations(task: str, mirror: Mapping[str, Sequence[int]], observation_dim: int, action_dim: int) -> dict[str, Tensor]:
+    sizes = {"observation": observation_dim, "action": action_dim}
+    for key, size in sizes.items():
+        if sorted(mirror.get(key, ())) != list(range(size)):
+            raise ValueError(f"task {task!r}: mirror.{key} must be a permutation of 0..{size - 1}, got {list(mirror.get(key, ()))}")
+    return {key: torch.tensor(list(mirror[key])) for key in sizes}
+
+
+class _Examples:
+    """Steps of demonstrations as tensors, with the rows of the actions that follow each; all steps, or those in `rows`."""
+
+    def __init__(self, demonstrations: Demonstrations, horizon: int, rows: NDArray[np.int64] | None = None) -> None:
         self.observations = torch.from_numpy(demonstrations.observations)
         self.actions = torch.from_numpy(demonstrations.actions)
         last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
-        rows = np.arange(len(last))
-        self.chunks = torch.from_numpy(np.minimum(rows[:, None] + np.arange(horizon), last[:, None]).astype(np.int32))
+        self.rows = torch.from_numpy(np.arange(len(last)) if rows is None else rows)
+        chunks = np.arange(len(last))[:, None] + np.arange(horizon)
+        self.chunks = torch.from_numpy(np.minimum(chunks, last[:, None]).astype(np.int32))
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.rows)
 
-    def batch(self, rows: Tensor) -> Batch:
+    def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
+        """Uniform with replacement."""
+        return self.batch(torch.from_numpy(generator.integers(0, len(self), count)))
+
+    def batch(self, which: Tensor) -> dict[str, Tensor]:
+        rows = self.rows.index_select(0, which)
         chunks = self.chunks.index_select(0, rows)
         actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, -1)
         return {"observation": self.observations.index_select(0, rows), "action": actions}
