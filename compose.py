@@ -22,6 +22,11 @@ def composition_name(task: str, base: str, skills: list[str]) -> str:
 @user_errors
 def main(cfg: DictConfig) -> None:
     """Compose what the configuration says, evaluate it, put it in the bank and write a report."""
+    compose(cfg)
+
+
+def compose(cfg: DictConfig) -> str:
+    """Do it; returns the new version's reference."""
     conf = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(conf, dict)
     merge, gate = conf.get("merge"), conf.get("gate")
@@ -61,6 +66,7 @@ def main(cfg: DictConfig) -> None:
     print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
     if rows and cfg.report:
         print(f"report: {write_report(ref, bank, task, rows, folder)}")
+    return ref
 
 
 if __name__ == "__main__":

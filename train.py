@@ -16,6 +16,11 @@ from skillbank.fit import run_folder
 @user_errors
 def main(cfg: DictConfig) -> None:
     """Train what the configuration says and put it in the bank."""
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> str:
+    """Do it; returns the new version's reference."""
     conf = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(conf, dict)
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
@@ -28,6 +33,8 @@ def main(cfg: DictConfig) -> None:
     else:
         model = sb.load(base, bank)
         params = sb.fresh(model.net, **conf["lora"], start=sb.merge([bank.get(ref) for ref in start]) if start else None)
+        for layer in (module for module in model.net.modules() if isinstance(module, torch.nn.Dropout)):
+            layer.p = cfg.dropout
     folder = run_folder("train", cfg.name, [conf, base, start, task.data_hash])
     result = sb.fit(
         model,
@@ -48,8 +55,9 @@ def main(cfg: DictConfig) -> None:
     else:
         thing = sb.read(model.net)
         card["base"] = {"ref": base, "fingerprint": base_fingerprint(base_weights(model.net, thing), thing)}
-    ref = bank.put(thing, cfg.name, card=card)
+    ref = str(bank.put(thing, cfg.name, card=card))
     print(f"{ref}  " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    return ref
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def attach(net: nn.Module, skill: Skill) -> None:
         if expected != found:
             raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
         if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):
-            raise ValueError(f"module {name!r} is {type(modules[name]).__name__}, which the skill does not take it for (embeddings={sorted(skill.embeddings)})")
+            raise ValueError(
+                f"module {name!r} is {type(modules[name]).__name__}, which the skill does not take it for (embeddings={sorted(skill.embeddings)})"
+            )
     detach(net)
     _inject(net, skill.ranks, 1.0)
     for name, layer in _layers(net).items():
@@ -134,7 +136,7 @@ def base_weights(net: nn.Module, modules: Sequence[str] | Skill) -> dict[str, Te
     missing = [name for name in modules if name not in plain]
     if missing:
         raise ValueError(f"the net has no modules {_some(missing)}; it has {_some(list(_candidates(plain)))}")
-    return {f"{name}.weight": plain[name].weight.detach() for name in modules}
+    return {f"{name}.weight": _weight(plain[name]).detach() for name in modules}
 
 
 def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -233,7 +235,7 @@ def _adapter(layer: LoraLayer) -> str:
     return names[0]
 
 
-def _factor(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+def _factor(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """Live parameters A (R, I, *kernel) and B (O, R, 1, ...)."""
     name = _adapter(layer)
     if name in layer.lora_embedding_A:
@@ -249,8 +251,13 @@ def _layer_sizes(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
     """(O, (I, *kernel)) of a base layer."""
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, (layer.num_embeddings,)
-    shape = tuple(layer.weight.shape)
+    shape = tuple(_weight(layer).shape)
     return (shape[1], (shape[0],)) if isinstance(layer, Conv1D) else (shape[0], shape[1:])
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +76,7 @@ def fit(
     validate: Callable[[], float] | None = None,
     validate_every: int = 1000,
     tracker: str | None = None,
-    run: dict | None = None,
+    run: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train `params` of `model` and nothing else; the EMA of the parameters, if asked for, is what stays in the model.
@@ -116,7 +116,7 @@ def fit(
 
     """
     trained = _named(model, params)
-    settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
+    settings: dict[str, Any] = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
     settings |= {"warmup": warmup, "ema": ema, "clip": clip, "accumulate": accumulate, "precision": precision, "seed": seed}
     accelerator = _accelerator(device, precision, accumulate, tracker)
     started = time.perf_counter()
@@ -183,7 +183,9 @@ def run_folder(kind: str, name: str, made_from: object) -> Path:
 class _State:
     """What a checkpoint holds: parameters, moments, EMA, step, and the rows of the metrics file."""
 
-    def __init__(self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict, folder: Path | None) -> None:
+    def __init__(
+        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict[str, Any], folder: Path | None
+    ) -> None:
         self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
         self.step = 0
         self.rows: list[dict[str, float]] = []
@@ -355,7 +357,7 @@ def _random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _tracked(accelerator: Accelerator, tracker: str | None, run: dict | None) -> Iterator[None]:
+def _tracked(accelerator: Accelerator, tracker: str | None, run: Mapping[str, Any] | None) -> Iterator[None]:
     if tracker is None:
         yield
         return

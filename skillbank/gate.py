@@ -7,14 +7,15 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from skillbank.attach import attach, channel_layers, mark
-from skillbank.model import Batch
+from skillbank.model import Batch, ModelModule
 from skillbank.skill import Skill, stack
 
 __all__ = ["Composed", "ConstantGate", "MLPGate", "Mixture", "grow"]
@@ -41,7 +42,7 @@ class MLPGate(nn.Module):
         if init not in ("newest", "uniform", "zero", "official"):
             raise ValueError(f"unknown init {init!r}: choose newest, uniform, zero or official")
         widths = [context_dim, *hidden]
-        layers = [layer for pair in zip(widths[:-1], widths[1:], strict=True) for layer in (nn.Linear(*pair), nn.ReLU())]
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], skills)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -86,7 +87,8 @@ class ConstantGate(nn.Module):
 def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
     """Copy of a gate with room for more skills at the end; until it is trained the old weights are what they were and the new ones are 0."""
     old = gate.head
-    grown = MLPGate(gate.body[0].in_features, old.out_features + skills, hidden=[layer.out_features for layer in gate.body[::2]], init="zero")
+    widths = [layer.in_features for layer in [*gate.body, old] if isinstance(layer, nn.Linear)]
+    grown = MLPGate(widths[0], old.out_features + skills, hidden=widths[1:], init="zero")
     grown.divisor = gate.divisor
     grown.body.load_state_dict(gate.body.state_dict())
     with torch.no_grad():
@@ -105,17 +107,17 @@ class Mixture:
         for name, (layer, axis) in channel_layers(net).items():
             ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
             owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
-            layer.register_buffer("owner", owner.to(layer.weight.device), persistent=False)
+            layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
             layer.register_forward_pre_hook(self._hook(name, axis))
 
-    def _hook(self, name: str, axis: int):  # noqa: ANN202
+    def _hook(self, name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
         def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             (hidden,) = inputs
             if self.weights is None:
                 raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
             if len(hidden) != len(self.weights):
                 raise ValueError(f"module {name!r} runs on {len(hidden)} rows, the gate gave weights for {len(self.weights)}: it must keep the batch")
-            channels = self.weights[..., layer.owner].to(hidden.dtype)
+            channels = self.weights[..., cast("Tensor", layer.owner)].to(hidden.dtype)
             return hidden * _aligned(channels, hidden, axis, name)
 
         return weight
@@ -128,7 +130,9 @@ def _aligned(channels: Tensor, hidden: Tensor, axis: int, name: str) -> Tensor:
         shape[0], shape[axis] = channels.shape
         return channels.view(shape)
     if axis != -1 or channels.shape[1:] != hidden.shape[1:]:
-        raise ValueError(f"module {name!r} has channels {tuple(hidden.shape)}, the gate gave weights per token {tuple(channels.shape)}: gate per sample")
+        raise ValueError(
+            f"module {name!r} has channels {tuple(hidden.shape)}, the gate gave weights per token {tuple(channels.shape)}: gate per sample"
+        )
     return channels
 
 
@@ -159,9 +163,9 @@ class Composed(nn.Module):
         super().__init__()
         if regulariser not in ("none", "mean", "code"):
             raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
-        self.model, self.gate = model, gate
+        self.model, self.gate = cast("ModelModule", model), gate
         self.regulariser, self.scale = regulariser, scale
-        self.mixture = Mixture(model.net, skills)
+        self.mixture = Mixture(self.model.net, skills)
         self.model.requires_grad_(False).eval()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,12 +14,13 @@ from skillbank.attach import attach, base_weights
 from skillbank.bank import Bank, Base, Composition, base_fingerprint
 from skillbank.gate import Composed
 from skillbank.merge import merge
+from skillbank.model import Model, ModelModule
 from skillbank.skill import Skill
 
 __all__ = ["build", "build_base", "check_base", "load", "skills_on_base"]
 
 
-def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.device = "cpu") -> nn.Module:
+def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.device = "cpu") -> ModelModule:
     """Model of any version in a bank, in eval mode and ready to predict: a base, a skill on its base, or a composition.
 
     Args:
@@ -46,12 +47,14 @@ def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.dev
     return model.to(device).eval()
 
 
-def build_base(base: Base) -> nn.Module:
+def build_base(base: Base) -> ModelModule:
     """Model of a stored base, its weights in place."""
-    model = build(base.model)
+    model = cast("ModelModule", build(base.model))
     expected, found = set(model.state_dict()), set(base.tensors)
     if expected != found:
-        raise ValueError(f"the base's tensors do not fit {base.model['_target_']}: missing {sorted(expected - found)}, unknown {sorted(found - expected)}")
+        raise ValueError(
+            f"the base's tensors do not fit {base.model['_target_']}: missing {sorted(expected - found)}, unknown {sorted(found - expected)}"
+        )
     model.load_state_dict(base.tensors)
     return model
 
@@ -71,7 +74,7 @@ def build(conf: Mapping[str, Any], **extra: Any) -> nn.Module:
     return target(**options, **extra)
 
 
-def check_base(bank: Bank, ref: str, skill: Skill, model: nn.Module) -> None:
+def check_base(bank: Bank, ref: str, skill: Skill, model: Model) -> None:
     """Check that the skill at `ref` was trained on exactly these base weights.
 
     Raises:
@@ -83,10 +86,12 @@ def check_base(bank: Bank, ref: str, skill: Skill, model: nn.Module) -> None:
     live = base_fingerprint(base_weights(model.net, skill), skill)
     if recorded != live:
         was = card.base["ref"] if card.base else "none"
-        raise ValueError(f"skill {ref!r} was trained on base {was!r} ({str(recorded)[:12]}), this model is {live[:12]}: load that base or retrain the skill")
+        raise ValueError(
+            f"skill {ref!r} was trained on base {was!r} ({str(recorded)[:12]}), this model is {live[:12]}: load that base or retrain the skill"
+        )
 
 
-def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, nn.Module, list[Skill], list[str]]:
+def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, ModelModule, list[Skill], list[str]]:
     """Load skills and the base that they share, every skill checked against it.
 
     Returns:
@@ -111,7 +116,7 @@ def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, nn.Module, lis
     return base_ref, model, skills, exact
 
 
-def _compose(bank: Bank, composition: Composition) -> nn.Module:
+def _compose(bank: Bank, composition: Composition) -> ModelModule:
     _, model, skills, _ = skills_on_base(bank, composition.skills)
     if composition.merge is not None:
         attach(model.net, merge(skills, **composition.merge))
@@ -119,4 +124,4 @@ def _compose(bank: Bank, composition: Composition) -> nn.Module:
     assert composition.gate is not None
     gate = build(composition.gate)
     gate.load_state_dict(composition.tensors)
-    return Composed(model, gate, skills)
+    return cast("ModelModule", Composed(model, gate, skills))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Batches", "Model", "Task", "check_model"]
+__all__ = ["Batch", "Batches", "Model", "ModelModule", "Task", "check_model"]
 
 Batch = Mapping[str, Tensor]
 """Named tensors; dimension 0 of every one is the batch size B."""
@@ -35,6 +35,15 @@ class Model(Protocol):
     def predict(self, batch: Batch) -> Tensor:
         """Actions (B, H, A), or token ids (B, T). No gradient."""
         ...
+
+
+if TYPE_CHECKING:
+
+    class ModelModule(nn.Module, Model):
+        """An `nn.Module` that keeps the `Model` contract: what `load` gives to a type checker. Models need not inherit from it."""
+
+else:
+    ModelModule = nn.Module
 
 
 class Task(Protocol):

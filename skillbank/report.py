@@ -125,7 +125,9 @@ class Report:
         axis.imshow(self.cosine, cmap="RdBu_r", vmin=-1, vmax=1)
         for i in range(count):
             for j in range(count):
-                axis.text(j, i, f"{self.cosine[i, j]:.2f}", ha="center", va="center", fontsize=9, color="white" if abs(self.cosine[i, j]) > 0.5 else INK)
+                axis.text(
+                    j, i, f"{self.cosine[i, j]:.2f}", ha="center", va="center", fontsize=9, color="white" if abs(self.cosine[i, j]) > 0.5 else INK
+                )
         axis.set_xticks(range(count), self.skills, rotation=20, ha="right", fontsize=8)
         axis.set_yticks(range(count), self.skills, fontsize=8)
         return figure
@@ -252,11 +254,13 @@ img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #627d9
 <figcaption>The first evaluation episode.</figcaption></figure>{% endif %}
 </div>
 {% if images["episode.png"] %}<figure><img src="{{ images["episode.png"] }}" alt="weights along the episode">
-<figcaption>The same episode: what the gate does, and what it earns. A weight of 1 is the skill as it was trained, 0 is the base.</figcaption></figure>{% endif %}
+<figcaption>The same episode: what the gate does, and what it earns. A weight of 1 is the skill as it was trained, 0 is the base.</figcaption>
+</figure>{% endif %}
 <div class="two">
 <figure><img src="{{ images["cosine.png"] }}" alt="cosine of the skills">
 <figcaption>Cosine of the skills' weight changes: near 0 they do not meet, near -1 they cancel.</figcaption></figure>
-{% if images["loss.png"] %}<figure><img src="{{ images["loss.png"] }}" alt="loss curve"><figcaption>Training of the gate.</figcaption></figure>{% endif %}
+{% if images["loss.png"] %}<figure><img src="{{ images["loss.png"] }}" alt="loss curve">
+<figcaption>Training of the gate.</figcaption></figure>{% endif %}
 </div>
 <h2>Made from</h2><dl>{% for key, text in facts.items() %}<dt>{{ key }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
 </body></html>

@@ -4,10 +4,14 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TQDM_DISABLE="1")
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 
 from tests.tiny import tiny_batch, tiny_policy
+from tests.walkers import Short
 
 torch.set_num_threads(1)
 
@@ -25,3 +29,16 @@ def policy():
 @pytest.fixture
 def batch():
     return tiny_batch()
+
+
+@pytest.fixture
+def registered():
+    Short.seen = []
+    made = {"Short-v0": Short, "Wide-v0": Short, "Choice-v0": Short, "Open-v0": Short}
+    wide = {"action_space": Box(-np.inf, np.inf, (2,))}, {"action_space": Discrete(3)}
+    classes = [Short, type("Wide", (Short,), wide[0]), type("Choice", (Short,), wide[1]), Short]
+    for (name, _), each in zip(made.items(), classes, strict=True):
+        gymnasium.register(name, entry_point=each, max_episode_steps=None if name == "Open-v0" else 50, order_enforce=False)
+    yield
+    for name in made:
+        del gymnasium.registry[name]

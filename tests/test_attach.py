@@ -38,8 +38,7 @@ def trained(net, **options):
     with torch.no_grad():
         for parameter in fresh(net, **options):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    skill = read(net)
-    return skill
+    return read(net)
 
 
 @pytest.fixture

@@ -158,7 +158,10 @@ def test_rehearsal_takes_its_share_and_only_the_steps_it_names(make, path):
         ({"mirror": {"observation": list(range(24))}}, r"mirror.action must be a permutation of 0..5, got \[\]"),
         ({"rehearsal": {"demonstrations": "PATH", "share": 1.0}}, r"share is the part of a batch, in \(0, 1\), got 1.0"),
         ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14}}, "feature and below together, got feature=14 and below=None"),
-        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14, "below": -1.0}}, "no step of .* has observation feature 14 below -1.0"),
+        (
+            {"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14, "below": -1.0}},
+            "no step of .* has observation feature 14 below -1.0",
+        ),
     ],
 )
 def test_bad_augmentation(make, path, options, message):

@@ -144,7 +144,7 @@ def test_a_wrong_model_fails_the_contract():
     policy = tiny_policy()
     with pytest.raises(TypeError, match=r"Linear is not a Model: .* missing \['net', 'context', 'predict'\]"):
         check_model(torch.nn.Linear(2, 2), tiny_batch())
-    with pytest.raises(ValueError, match="dimension 0, got {'observation': 6, 'action': 2}"):
+    with pytest.raises(ValueError, match=r"dimension 0, got {'observation': 6, 'action': 2}"):
         check_model(policy, {**tiny_batch(), "action": torch.zeros(2, 1, 3)})
     policy.context = lambda batch: batch["observation"][:2]
     with pytest.raises(ValueError, match=r"context must be \(B, D\) or \(B, T, D\) with B=6, got \(2, 5\)"):

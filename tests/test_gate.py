@@ -20,9 +20,7 @@ def test_one_code_path_for_any_number_of_skills(count):
     assert composed.weights(tiny_batch()).shape == (6, count)
 
 
-@pytest.mark.parametrize(
-    ("init", "expected"), [("newest", [0.0, 0.0, 1.0]), ("uniform", [1 / 3, 1 / 3, 1 / 3]), ("zero", [0.0, 0.0, 0.0])]
-)
+@pytest.mark.parametrize(("init", "expected"), [("newest", [0.0, 0.0, 1.0]), ("uniform", [1 / 3, 1 / 3, 1 / 3]), ("zero", [0.0, 0.0, 0.0])])
 def test_initialisation(init, expected):
     weights = MLPGate(4, 3, init=init)(torch.randn(9, 4))
     torch.testing.assert_close(weights, torch.tensor(expected).expand(9, 3))
@@ -50,7 +48,9 @@ def test_copies_of_a_state_get_equal_weights():
     assert torch.equal(rows, rows[:1].expand(8, 2))
 
 
-@pytest.mark.parametrize(("regulariser", "penalty"), [("none", 0.0), ("mean", 256 * (0.6 - 0.5) ** 2), ("code", 256 * ((0.6 - 0.5) ** 2 + (0.9 - 1) ** 2))])
+@pytest.mark.parametrize(
+    ("regulariser", "penalty"), [("none", 0.0), ("mean", 256 * (0.6 - 0.5) ** 2), ("code", 256 * ((0.6 - 0.5) ** 2 + (0.9 - 1) ** 2))]
+)
 def test_regularisers_on_hand_computed_numbers(regulariser, penalty):
     policy = tiny_policy()
     composed = Composed(policy, ConstantGate(5, 2, weights=[0.3, 0.9]), skills_of(policy, 2), regulariser=regulariser)

@@ -15,7 +15,10 @@ def make(seed, ranks, dtype=torch.float64):
     factors = {}
     for (name, (out, inner)), rank in zip(SHAPES.items(), ranks, strict=True):
         if rank:
-            a, b = torch.randn(rank, *inner, generator=generator, dtype=torch.float64), torch.randn(out, rank, generator=generator, dtype=torch.float64)
+            a, b = (
+                torch.randn(rank, *inner, generator=generator, dtype=torch.float64),
+                torch.randn(out, rank, generator=generator, dtype=torch.float64),
+            )
             factors[name] = (a.to(dtype), b.to(dtype))
     return Skill(factors)
 
@@ -46,7 +49,7 @@ def test_truncation_is_the_best_of_its_rank(skill, rank):
     short = truncate(skill, rank=rank)
     for name in skill:
         u, s, vh = torch.linalg.svd(dense(skill, name).flatten(1))
-        best = (u[:, :rank] * torch.cat([s, s.new_zeros(99)])[: min(rank, u.shape[1])]) [:, : len(vh)] @ vh[: min(rank, u.shape[1])]
+        best = (u[:, :rank] * torch.cat([s, s.new_zeros(99)])[: min(rank, u.shape[1])])[:, : len(vh)] @ vh[: min(rank, u.shape[1])]
         close(dense(short, name).flatten(1), best, 1e-10)
         assert short.ranks[name] <= rank
 
@@ -172,7 +175,7 @@ def test_bad_arguments():
         stack([])
     with pytest.raises(ValueError, match="3 weights for 2 skills"):
         stack([skill, skill], [1, 2, 3])
-    with pytest.raises(ValueError, match="either a rank or an error, got rank=1 and error=0.1"):
+    with pytest.raises(ValueError, match=r"either a rank or an error, got rank=1 and error=0\.1"):
         truncate(skill, rank=1, error=0.1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         truncate(skill, rank=0)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from skillbank.model import Batch
 
@@ -133,6 +132,9 @@ class DiffusionPolicy(nn.Module):
 
     """
 
+    beta: Tensor
+    kept: Tensor
+
     def __init__(
         self,
         observation_dim: int,
@@ -196,7 +198,7 @@ class DiffusionPolicy(nn.Module):
             if step and temperature:
                 x = x + temperature * beta.sqrt() * torch.randn_like(x)
             x = x.clamp(-1, 1)
-        return x.unflatten(1, (self.horizon, self.action_dim))
+        return x.view(rows, self.horizon, self.action_dim)
 
     def _check(self, observation: Tensor, action: Tensor | None = None) -> None:
         if observation.shape[1:] != (self.observation_dim,):

@@ -15,7 +15,7 @@ from skillbank.model import Batch, Batches, Model
 from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
 
 if TYPE_CHECKING:
-    from skillbank.tasks.environments import Rollout
+    from skillbank.tasks.rollouts import Rollout
 
 __all__ = ["ControlTask", "Rehearsal", "summary"]
 
@@ -142,7 +142,9 @@ class ControlTask:
         if self._noise.any():
             rows, features = batch["observation"].shape
             level = torch.from_numpy(generator.random((rows, 1), np.float32))
-            batch["observation"] = batch["observation"] + level * self._noise * torch.from_numpy(generator.standard_normal((rows, features), np.float32))
+            batch["observation"] = batch["observation"] + level * self._noise * torch.from_numpy(
+                generator.standard_normal((rows, features), np.float32)
+            )
         return batch
 
     def validation(self, *, batch_size: int) -> Iterator[Batch]:
@@ -171,7 +173,8 @@ class ControlTask:
             ValueError: the demonstrations, the environment and the model differ in size, or the actions are not finite.
 
         """
-        from skillbank.tasks.environments import environment_sizes, rollout
+        from skillbank.tasks.environments import environment_sizes
+        from skillbank.tasks.rollouts import rollout
 
         sizes = environment_sizes(self.environment)
         if sizes != (self.observation_dim, self.action_dim):
@@ -258,7 +261,7 @@ class Rehearsal:
         self.share = share
         self.demonstrations = load_demonstrations(demonstrations, episodes=episodes)
         rows = np.arange(len(self.demonstrations.rewards))
-        if feature is not None:
+        if feature is not None and below is not None:
             rows = np.flatnonzero(self.demonstrations.observations[:, feature] < below)
             if not len(rows):
                 raise ValueError(f"rehearsal: no step of {demonstrations} has observation feature {feature} below {below}")

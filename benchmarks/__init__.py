@@ -1,0 +1,1 @@
+"""Every number that the README claims, one module each: `python -m benchmarks.NAME`."""

@@ -1,0 +1,325 @@
+"""Continual policy shift on the DMC walker: S->W, S->R and S+W->R from few demonstrations, against the paper's table (arXiv 2502.05932).
+
+python -m benchmarks.psec_continual --from-results     the table from benchmarks/results/psec_continual.jsonl
+python -m benchmarks.psec_continual                    what is missing there is trained and evaluated, row by row; stop and start it at will
+python -m benchmarks.psec_continual --quick            one tiny cell, to see that it runs
+
+A result row is one line of the results file: a name such as `S->W/det10/ours`, a training seed and the returns of ten test episodes. Nothing
+is chosen by these returns: every recipe is fixed in conf/, and what was tuned was tuned on environment seeds from 20,000 on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+
+import compose as compose_entry
+import skillbank as sb
+import train as train_entry
+from benchmarks.levels import ActionLevel, NoiseLevel
+from skillbank.load import skills_on_base
+from skillbank.report import markdown
+from skillbank.tasks.control import ControlTask
+from skillbank.tasks.demonstrations import load_demonstrations
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "psec_continual.jsonl"
+BASE = "walker/stand"
+SCENARIOS = {"S->W": ("walk", ("walk",)), "S->R": ("run", ("run",)), "S+W->R": ("run", ("walk", "run"))}
+SETTINGS = {"det10": ("_deterministic", 10), "sto10": ("", 10), "sto3": ("", 3)}
+PAPER = {
+    ("S->W", "scratch"): 58.9,
+    ("S->W", "asec"): 65.7,
+    ("S->W", "nsec"): 320.9,
+    ("S->W", "psec"): 688,
+    ("S->R", "scratch"): 25.5,
+    ("S->R", "asec"): 24.3,
+    ("S->R", "nsec"): 38.5,
+    ("S->R", "psec"): 221,
+    ("S+W->R", "scratch"): 25.5,
+    ("S+W->R", "asec"): 30.8,
+    ("S+W->R", "nsec"): 39.4,
+    ("S+W->R", "psec"): 247,
+}
+"""Means of the paper's table for 10 demonstrations; its data are TD3 experts' and not these."""
+
+
+class Study:
+    """One setting and one training seed: everything that its rows are made of, kept in a bank of its own and made once.
+
+    Args:
+        setting: `det10`, `sto10` or `sto3`.
+        seed: of all training.
+        overrides: added to every training, for a quick run.
+
+    """
+
+    def __init__(self, setting: str, seed: int, overrides: tuple[str, ...] = ()) -> None:
+        self.setting, self.seed, self.overrides = setting, seed, overrides
+        self.folder = ROOT / "runs" / "psec_continual" / ("quick" if overrides else "full")
+        self.bank = sb.Bank(self.folder / "bank")
+        with FileLock(self._ready()):
+            self.bank.put(sb.Bank(ROOT / "adapters").get(BASE), BASE)
+
+    def _ready(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / ".lock"
+
+    def task_overrides(self, task: str) -> list[str]:
+        """Hydra overrides that choose a task's demonstrations."""
+        kind, count = SETTINGS[self.setting]
+        return [f"task=walker/{task}", f"task.demonstrations={ROOT}/demos/walker/{task}{kind}.npz", f"task.episodes={count}"]
+
+    def task(self, task: str) -> ControlTask:
+        """The task with this setting's demonstrations, plain."""
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            conf = hydra_compose("train", [*self.task_overrides(task), "experiment=paper"])
+        made: ControlTask = instantiate(conf.task, _convert_="all")
+        return made
+
+    def train(self, task: str, recipe: str, *more: str, base: str | None = BASE) -> str:
+        """Reference of a skill (or of a policy from scratch, without a base), trained if it is not in the bank yet."""
+        name = f"{recipe}/{self.setting}/seed-{self.seed}/{task}"
+        overrides = [*self.task_overrides(task), f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0", *more]
+        overrides += [f"base={base or 'null'}", *self.overrides]
+        return self._once(name, "train", overrides, train_entry.train)
+
+    def compose(self, scenario: str, recipe: str, skills: list[str], *more: str) -> str:
+        """Reference of a composition."""
+        name = f"{recipe}/{self.setting}/seed-{self.seed}/{scenario.lower().replace('->', '-to-').replace('+', '-')}"
+        task = SCENARIOS[scenario][0]
+        overrides = [*self.task_overrides(task), f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0", *more]
+        overrides += [f"skills=[{','.join(skills)}]", *self.overrides]
+        return self._once(name, "compose", overrides, compose_entry.compose)
+
+    def _once(self, name: str, config: str, overrides: list[str], make: Callable[..., str]) -> str:
+        try:
+            return str(self.bank.resolve(name))
+        except KeyError:
+            pass
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            conf = hydra_compose(config, overrides)
+        print(f"-- {name}", flush=True)
+        return make(conf)
+
+    def load(self, ref: str, temperature: float = 1.0) -> nn.Module:
+        """Model of a version, its sampler at the given temperature."""
+        model = sb.load(ref, self.bank)
+        (model.model if isinstance(model, sb.Composed) else model).temperature = temperature
+        return model
+
+    # What the rows are. Each returns a model.
+
+    def base(self, scenario: str) -> nn.Module:
+        """The base, untouched."""
+        return self.load(BASE)
+
+    def best_skill(self, scenario: str) -> nn.Module:
+        """The best that is there before the new skill is trained, untouched: the walk skill for run, the base for walk."""
+        return self.load(BASE) if scenario == "S->W" else self.load(self.own_skills("S->W")[0], temperature=0.0)
+
+    def scratch(self, scenario: str) -> nn.Module:
+        """The same network trained on the new demonstrations alone, as in the paper."""
+        return self.load(self.train(SCENARIOS[scenario][0], "scratch", "experiment=paper", base=None))
+
+    def lora(self, scenario: str) -> nn.Module:
+        """The new skill alone, trained as in the paper, at the weight that it was trained with."""
+        return self.load(self.paper_skills(scenario)[-1])
+
+    def fixed(self, scenario: str) -> nn.Module:
+        """Constant weights, chosen on a grid by the diffusion loss on held-out demonstrations."""
+        _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
+        levels = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+        task = self.task(SCENARIOS[scenario][0])
+        composed = sb.Composed(model, sb.ConstantGate(task.observation_dim, len(skills)), skills)
+        losses = {}
+        for weights in itertools.product(levels, repeat=len(skills)):
+            with torch.no_grad():
+                composed.gate.weights.copy_(torch.tensor(weights))
+            losses[weights] = sb.validation_loss(composed, task.validation(batch_size=3000), repeats=2)
+        best = min(losses, key=losses.__getitem__)
+        with torch.no_grad():
+            composed.gate.weights.copy_(torch.tensor(best))
+        print(f"   fixed weights {best}", flush=True)
+        return composed
+
+    def psec(self, scenario: str) -> nn.Module:
+        """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
+        plain = ("task.observation_noise=0.0", "task.rehearsal=null")
+        gate = ("gate=official", "fit.steps=1001", "batch_size=512", *plain)
+        return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
+
+    def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> nn.Module:
+        """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action."""
+        _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
+        model.temperature = 1.0
+        torch.manual_seed(self.seed)
+        level = kind(model, skills)
+        steps = 5 if self.overrides else 1001
+        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=256, seed=self.seed)
+        folder = self.folder / kind.__name__ / self.setting / f"seed-{self.seed}" / scenario
+        options = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
+        sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
+        return level
+
+    def own_skills(self, scenario: str) -> list[str]:
+        """Skills of this library's recipe, oldest first: the defaults of conf/, a later skill continuing from the earlier ones."""
+        made: list[str] = []
+        for task in SCENARIOS[scenario][1]:
+            recipe = "ours" if not made else "ours-from-walk"
+            made.append(self.train(task, recipe, f"start=[{','.join(made)}]"))
+        return made
+
+    def ours(self, scenario: str) -> nn.Module:
+        """This library's recipe."""
+        return self.load(self.compose(scenario, "ours", self.own_skills(scenario), "gate=mlp"), temperature=0.0)
+
+    def paper_skills(self, scenario: str) -> list[str]:
+        """Skills of the paper's recipe, each trained from the base."""
+        return [self.train(task, "paper", "experiment=paper") for task in SCENARIOS[scenario][1]]
+
+
+ROWS: dict[str, Callable[[Study, str], nn.Module]] = {
+    "base": Study.base,
+    "best-skill": Study.best_skill,
+    "scratch": Study.scratch,
+    "lora": Study.lora,
+    "fixed": Study.fixed,
+    "asec": partial(Study.level, kind=ActionLevel),
+    "nsec": partial(Study.level, kind=NoiseLevel),
+    "psec": Study.psec,
+    "ours": Study.ours,
+}
+
+
+def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tuple[str, str, str, int]]:
+    """(scenario, setting, row, seed) of everything that there is to compute."""
+    for setting, seed, row, scenario in itertools.product(settings, seeds, rows, SCENARIOS):
+        yield scenario, setting, row, seed
+
+
+def read_results() -> list[dict]:
+    """Stored result rows."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[str, ...] = (), episodes: int = 10) -> dict:
+    """Train what the cell needs, run its test episodes and return its result row."""
+    started = time.time()
+    study = Study(setting, seed, overrides)
+    task = study.task(SCENARIOS[scenario][0])
+    task.max_steps = 20 if overrides else None
+    model = ROWS[row](study, scenario)
+    trained = time.time() - started
+    rollout = task.rollout(model, episodes=episodes)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "name": f"{scenario}/{setting}/{row}",
+        "seed": seed,
+        "returns": [round(float(each), 2) for each in rollout.returns],
+        "mean": round(float(rollout.returns.mean()), 2),
+        "seconds": round(trained, 1),
+        "policy_ms": round(1e3 * rollout.policy_seconds, 3),
+        "data": task.data_hash[:16],
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def interval(per_seed: list[list[float]], repeats: int = 4000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean: seeds are drawn with replacement, and episodes within each (arXiv 2108.13264)."""
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(repeats):
+        seeds = generator.integers(0, len(per_seed), len(per_seed))
+        means.append(np.mean([np.mean(generator.choice(per_seed[seed], len(per_seed[seed]))) for seed in seeds]))
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def table(results: list[dict]) -> str:
+    """Mean, interquartile mean and interval per row, the paper's figure and the demonstrations' own return beside them."""
+    grouped: dict[str, list[dict]] = defaultdict(list)
+    for each in results:
+        grouped[each["name"]].append(each)
+    lines = []
+    for setting, scenario in itertools.product(SETTINGS, SCENARIOS):
+        for row in ROWS:
+            found = sorted(grouped.get(f"{scenario}/{setting}/{row}", []), key=lambda each: each["seed"])
+            if not found:
+                continue
+            returns = [each["returns"] for each in found]
+            ordered = np.sort(np.concatenate(returns))
+            cut = len(ordered) // 4
+            low, high = interval(returns)
+            lines.append(
+                {
+                    "row": f"{scenario}/{setting}/{row}",
+                    "mean": f"{ordered.mean():.0f}",
+                    "95 %": f"{low:.0f}..{high:.0f}",
+                    "IQM": f"{ordered[cut : len(ordered) - cut].mean():.0f}",
+                    "per seed": " ".join(f"{each['mean']:.0f}" for each in found),
+                    "paper": PAPER.get((scenario, row), "") if setting != "sto3" else "",
+                }
+            )
+        if lines and lines[-1]["row"].startswith(f"{scenario}/{setting}/"):
+            kind, count = SETTINGS[setting]
+            shown = load_demonstrations(f"{ROOT}/demos/walker/{SCENARIOS[scenario][0]}{kind}.npz", episodes=count).returns
+            lines.append({"row": f"{scenario}/{setting}/expert", "mean": f"{shown.mean():.0f}", "per seed": "(the demonstrations)"})
+    return markdown(lines) if lines else "no results yet"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-results", action="store_true", help="print what is stored and compute nothing")
+    parser.add_argument("--quick", action="store_true", help="one cell of each row with a few steps; stores nothing")
+    parser.add_argument("--json", type=Path, help="also write the result rows here")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = read_results()
+    if options.quick:
+        quick = ("fit.steps=3", "fit.schedule_steps=3", "batch_size=8")
+        results = [compute("S+W->R", "sto3", row, 0, quick, episodes=1) for row in options.rows]
+    elif not options.from_results:
+        for scenario, setting, row, seed in cells(options.settings, options.seeds, options.rows):
+            if scenario not in options.scenarios or any(
+                (each["name"], each["seed"]) == (f"{scenario}/{setting}/{row}", seed) for each in read_results()
+            ):
+                continue
+            result = compute(scenario, setting, row, seed)
+            print(f"== {result['name']} seed {seed}: {result['mean']:.0f} {result['returns']}", flush=True)
+            RESULTS.parent.mkdir(exist_ok=True)
+            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        results = read_results()
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()

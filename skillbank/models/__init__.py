@@ -1,0 +1,1 @@
+"""Models that skills attach to."""

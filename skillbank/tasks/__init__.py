@@ -1,0 +1,1 @@
+"""Tasks that models are trained for and judged by."""
