@@ -1,5 +1,7 @@
 """Skills of the bank -> merge or gate -> composition. `python compose.py task=walker/run skills=[walker/walk,walker/run] gate=mlp`."""
 
+from typing import cast
+
 import hydra
 import torch
 from hydra.utils import instantiate
@@ -9,6 +11,7 @@ import skillbank as sb
 from skillbank.cli import user_errors
 from skillbank.fit import run_folder
 from skillbank.load import build, skills_on_base
+from skillbank.model import ModelModule
 from skillbank.report import markdown, write_report
 
 
@@ -35,20 +38,24 @@ def compose(cfg: DictConfig) -> str:
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
     base, model, skills, refs = skills_on_base(bank, cfg.skills)
     name = cfg.name or composition_name(cfg.task.name, base, refs)
-    folder = run_folder("compose", name, [conf, base, refs, task.data_hash])
+    folder = run_folder("compose", name, [conf, base, refs, task.data])
     torch.manual_seed(cfg.seed)
     if merge is not None:
         merge = {key: value for key, value in {**merge, "weights": conf["weights"]}.items() if value is not None}
-        certificate = sb.merge(skills, **merge).certificate
+        merged = sb.merge(skills, **merge)
+        assert merged.certificate is not None
+        sb.attach(model.net, merged)
         composition = sb.Composition(base, refs, merge=merge)
-        metrics = {"merge_error": certificate.error, "merge_energy": certificate.energy}
+        metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
     else:
+        assert gate is not None
         gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
-        model = sb.Composed(model, build(gate), skills, regulariser=cfg.regulariser)
+        network = build(gate)
+        model = cast("ModelModule", sb.Composed(model, network, skills, regulariser=cfg.regulariser))
         result = sb.fit(
             model,
             task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
-            model.gate.parameters(),
+            network.parameters(),
             seed=cfg.seed,
             folder=folder,
             validate=lambda: sb.validation_loss(model, task.validation(batch_size=1024)),
@@ -56,12 +63,12 @@ def compose(cfg: DictConfig) -> str:
             **conf["logger"],
             run={"name": name, "conf": conf},
         )
-        composition = sb.Composition(base, refs, gate=gate, tensors=model.gate.state_dict())
+        composition = sb.Composition(base, refs, gate=gate, tensors=network.state_dict())
         metrics = {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
     rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
     rows = [{"row": row} | task.evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
     metrics |= task.evaluate(model, episodes=cfg.episodes) if cfg.episodes else {}
-    card = {"conf": conf, "data": {task.demonstrations.source: task.data_hash}, "metrics": metrics}
+    card = {"conf": conf, "data": task.data, "metrics": metrics}
     ref = str(bank.put(composition, name, card=card))
     print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
     if rows and cfg.report:

@@ -10,6 +10,7 @@ from skillbank.attach import base_weights
 from skillbank.bank import base_fingerprint
 from skillbank.cli import user_errors
 from skillbank.fit import run_folder
+from skillbank.load import skills_on_base
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
@@ -24,18 +25,22 @@ def train(cfg: DictConfig) -> str:
     conf = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(conf, dict)
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
-    start = [str(bank.resolve(ref)) for ref in cfg.start]
     base = None if cfg.base is None else str(bank.resolve(cfg.base))
+    if base is not None and (kind := bank.card(base).kind) != "base":
+        raise ValueError(f"{base!r} is a {kind}, a base is needed: give base={bank.base_of([base])}, and start=[...] to continue from skills")
+    start_base, _, skills, start = skills_on_base(bank, cfg.start) if cfg.start else (base, None, [], [])
+    if start_base != base:
+        raise ValueError(f"the skills to start from belong to base {start_base!r}, the new one is to have {base!r}: give base={start_base}")
     torch.manual_seed(cfg.seed)
     if base is None:
         model = instantiate(cfg.model, **task.dimensions, _convert_="all")
         params = list(model.parameters())
     else:
         model = sb.load(base, bank)
-        params = sb.fresh(model.net, **conf["lora"], start=sb.merge([bank.get(ref) for ref in start]) if start else None)
+        params = sb.fresh(model.net, **conf["lora"], start=sb.merge(skills) if start else None)
         for layer in (module for module in model.net.modules() if isinstance(module, torch.nn.Dropout)):
             layer.p = cfg.dropout
-    folder = run_folder("train", cfg.name, [conf, base, start, task.data_hash])
+    folder = run_folder("train", cfg.name, [conf, base, start, task.data])
     result = sb.fit(
         model,
         task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
@@ -49,7 +54,8 @@ def train(cfg: DictConfig) -> str:
     )
     metrics = {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
     metrics |= task.evaluate(model, episodes=cfg.episodes) if cfg.episodes else {}
-    card = {"conf": conf, "data": {task.demonstrations.source: task.data_hash}, "metrics": metrics, "parents": start}
+    card = {"conf": conf, "data": task.data, "metrics": metrics, "parents": start}
+    thing: sb.Base | sb.Skill
     if base is None:
         thing = sb.Base({**conf["model"], **task.dimensions}, model.state_dict())
     else:

@@ -237,7 +237,7 @@ def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[s
         "mean": round(float(rollout.returns.mean()), 2),
         "seconds": round(trained, 1),
         "policy_ms": round(1e3 * rollout.policy_seconds, 3),
-        "data": task.data_hash[:16],
+        "data": next(iter(task.data.values()))[:16],
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

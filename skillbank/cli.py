@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 _BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank.")]
 _DEFAULT = Path("adapters")
+_TELLING = ("return", "loss", "validation", "merge_error")
 _USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, PermissionError)
 
 
@@ -60,11 +61,15 @@ def list_(
 ) -> None:
     """List the newest version of every name."""
     newest = {entry.ref.name: entry for entry in Bank(bank).list(kind, pattern)}
-    table = _table("ref", "kind", "base", "parents", "metrics", "created")
-    for entry in newest.values():
-        card = entry.card
-        table.add_row(str(entry.ref), card.kind, _base(card), str(len(card.parents) or ""), _metrics(card), card.created[:10])
-    _print(table)
+    columns = {
+        "ref": [str(entry.ref) for entry in newest.values()],
+        "metrics": [_metrics(entry.card) for entry in newest.values()],
+        "kind": [entry.card.kind for entry in newest.values()],
+        "base": [_base(entry.card) for entry in newest.values()],
+        "parents": [str(len(entry.card.parents) or "") for entry in newest.values()],
+        "created": [entry.card.created[:10] for entry in newest.values()],
+    }
+    _print_fitting(columns)
 
 
 @app.command()
@@ -127,12 +132,36 @@ def _print(table: Table) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def _print_fitting(columns: dict[str, list[str]]) -> None:
+    """Print as many columns as fit into the terminal, the first ones first; a cell is never broken."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    shown = list(columns)
+    while True:
+        table = Table(box=box.SIMPLE_HEAD)
+        for column in shown:
+            table.add_column(column, no_wrap=True, overflow="ignore")
+        for row in zip(*(columns[column] for column in shown), strict=True):
+            table.add_row(*row)
+        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        if needed <= console.width or len(shown) == 1:
+            break
+        shown.pop()
+    Console(highlight=False, markup=False, width=max(needed, console.width)).print(table)
+
+
 def _base(card: Card) -> str:
     return "" if card.base is None else card.base["ref"] or card.base["name"] or ""
 
 
 def _metrics(card: Card) -> str:
-    return ", ".join(f"{key} {value}" for key, value in list(flat(card.metrics))[:2])
+    """The two most telling metrics: returns before losses, losses before the rest."""
+    known = [key for key in _TELLING if key in card.metrics]
+    others = [key for key, value in card.metrics.items() if key not in _TELLING and isinstance(value, int | float)]
+    return ", ".join(f"{key} {card.metrics[key]:.5g}" for key in [*known, *others][:2])
 
 
 def _fields(card: Card) -> list[tuple[str, str]]:

@@ -51,6 +51,16 @@ class Task(Protocol):
 
     name: str
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """Sizes that a model of this task is built with, under the names that models take them by."""
+        ...
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Hash of everything that is trained on, by source."""
+        ...
+
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """Endless training batches, sampled with replacement."""
         ...
@@ -59,7 +69,7 @@ class Task(Protocol):
         """One pass over the held-out examples, in a fixed order."""
         ...
 
-    def evaluate(self, model: Model, *, seed: int = 0) -> dict[str, float]:
+    def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
         """Metrics of `model` on this task."""
         ...
 

@@ -115,7 +115,7 @@ def test_validation_is_the_held_out_part_in_order(make):
 
 
 def test_held_out_episodes_do_not_change_what_is_trained_on(make):
-    assert make(episodes=2, held_out=2).data_hash == make(episodes=2).data_hash != make(episodes=3).data_hash
+    assert make(episodes=2, held_out=2).data == make(episodes=2).data != make(episodes=3).data
 
 
 def test_observation_noise_has_the_stated_size_and_leaves_actions_alone(make):
@@ -192,22 +192,11 @@ def test_summary():
     assert summary(np.array([3.0]))["return_iqm"] == 3
 
 
-def test_description_is_plain_data(make, path):
+def test_data_names_every_source_with_its_hash(make, path):
     task = make(episodes=3, held_out=1)
-    described = task.describe()
-    assert described == {
-        "name": "walker/walk",
-        "environment": WALK,
-        "demonstrations": path,
-        "episodes": 3,
-        "held_out": 1,
-        "steps": 12,
-        "observation_dim": 24,
-        "action_dim": 6,
-        "horizon": 1,
-        "demonstration_return": 4.0,
-        "data_hash": task.data_hash,
-    }
+    assert task.data == {path: task.demonstrations.hash}
+    both = make(episodes=3, rehearsal={"demonstrations": path, "share": 0.5})
+    assert both.data == {path: task.demonstrations.hash, f"rehearsal: {path}": both.rehearsal.demonstrations.hash}
     assert task.dimensions == {"observation_dim": 24, "action_dim": 6}
     assert "walker/walk" in repr(task)
 

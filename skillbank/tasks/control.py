@@ -105,9 +105,10 @@ class ControlTask:
         return {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
 
     @property
-    def data_hash(self) -> str:
-        """SHA-256 of the training demonstrations."""
-        return self.demonstrations.hash
+    def data(self) -> dict[str, str]:
+        """SHA-256 of everything that is trained on, by source: the demonstrations and what is rehearsed."""
+        rehearsed = {} if self.rehearsal is None else {f"rehearsal: {self.rehearsal.demonstrations.source}": self.rehearsal.demonstrations.hash}
+        return {self.demonstrations.source: self.demonstrations.hash, **rehearsed}
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """Endless training batches on the CPU: observation (B, D), action (B, H, A), uniform with replacement.
@@ -196,22 +197,6 @@ class ControlTask:
     def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
         """Return statistics of the evaluation episodes of `seed`, see `summary`."""
         return summary(self.rollout(model, seed=seed, episodes=episodes).returns)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain facts for a card: what was trained on, and how it is judged."""
-        return {
-            "name": self.name,
-            "environment": self.environment,
-            "demonstrations": self.demonstrations.source,
-            "episodes": len(self.demonstrations),
-            "held_out": len(self.held_out) if self.held_out else 0,
-            "steps": len(self.demonstrations.rewards),
-            "observation_dim": self.observation_dim,
-            "action_dim": self.action_dim,
-            "horizon": self.horizon,
-            "demonstration_return": round(float(self.demonstrations.returns.mean()), 3),
-            "data_hash": self.data_hash,
-        }
 
 
 def summary(returns: NDArray[np.float64]) -> dict[str, float]:
