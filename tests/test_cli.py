@@ -1,0 +1,145 @@
+"""The command line: tables, exit codes, and errors of one line."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from skillbank import cli
+from skillbank.bank import Bank, Base, Composition
+from skillbank.skill import Skill
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    bank = Bank(tmp_path_factory.mktemp("shipped"))
+    bank.put(Base({"_target_": "x.Y"}, {"net.a.weight": torch.ones(4, 6)}), "walker/stand")
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        skill = Skill({"a": (torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator))})
+        bank.put(
+            skill,
+            "walker/walk",
+            card={"base": "walker/stand", "metrics": {"loss": 0.5, "return": 512.25, "seconds": 7.0}, "conf": {"lora": {"rank": 2}}},
+        )
+    merge = {"method": "stack", "weights": [0.75, 0.25]}
+    bank.put(Composition("walker/stand", ("walker/walk@1", "walker/walk@2"), merge=merge), "walker/both")
+    bank.alias("walker/walk", "best", 1)
+    return bank
+
+
+@pytest.fixture
+def bank(shipped, tmp_path):
+    return Bank(shutil.copytree(shipped.root, tmp_path / "bank"))
+
+
+@pytest.fixture
+def run(bank, monkeypatch, capsys):
+    def run(*arguments, folder=bank.root, columns=160):
+        monkeypatch.setattr(sys, "argv", ["skillbank", *arguments, *(["--bank", str(folder)] if folder else [])])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return run
+
+
+def test_list(run):
+    code, out, _ = run("list")
+    assert code == 0
+    assert re.search(r"walker/walk@2 +return 512.25, loss 0.5 +skill +walker/stand@1", out)
+    assert "walker/walk@1" not in out
+    assert "walker/walk" not in run("list", "--kind", "base")[1]
+    assert "walker/stand" not in run("list", "walker/w*")[1].replace("walker/stand@1", "")
+
+
+@pytest.mark.parametrize(("width", "last"), [(80, "base"), (50, "metrics"), (8, "ref")])
+def test_list_never_breaks_a_reference(run, monkeypatch, width, last):
+    code, out, _ = run("list", columns=width)
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[3:-1]] == ["walker/both@1", "walker/stand@1", "walker/walk@2"]
+    assert lines[1].split()[-1] == last
+    assert width == 8 or max(map(len, lines)) <= width
+
+
+def test_show(run):
+    code, out, _ = run("show", "walker/walk@best")
+    assert code == 0
+    for words in ("walker/walk@1", "skill", "base +walker/stand@1", "metric return +512.25", "conf lora.rank +2", "alias +best", "adapter_model"):
+        assert re.search(words, out), words
+    assert re.search(r"parent +0.75 walker/walk@1", run("show", "walker/both")[1])
+
+
+def test_log(run):
+    code, out, _ = run("log", "walker/walk")
+    assert code == 0
+    assert out.index("walker/walk@2") < out.index("walker/walk@1")
+    assert "best" in out
+
+
+def test_verify(run, bank):
+    assert run("verify")[:2] == (0, "4 versions are intact\n")
+    assert run("verify", "walker/walk")[:2] == (0, "walker/walk@2 is intact\n")
+    path = bank.path("walker/walk@1") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    code, out, err = run("verify")
+    assert (code, out) == (1, "")
+    assert "walker/walk@1: adapter_model.safetensors does not match the hash" in err
+    assert run("verify", "walker/walk@2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "walker/wlak"), "no 'walker/wlak' .* did you mean 'walker/walk'"),
+        (("show", "Walk"), "'Walk' is not a name"),
+        (("log", "walker/walk@1"), "'walker/walk@1' is not a name"),
+        (("list", "--kind", "gate"), "kind='gate': a bank holds"),
+    ],
+)
+def test_user_errors_are_one_line(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.match(f"skillbank: {message}", err)
+
+
+def test_no_bank(run, tmp_path, monkeypatch):
+    assert re.match("skillbank: no bank at .*nowhere", run("list", folder=tmp_path / "nowhere")[2])
+    monkeypatch.setenv("SKILLBANK", str(tmp_path / "elsewhere"))
+    assert re.match("skillbank: no bank at .*elsewhere", run("list", folder=None)[2])
+
+
+def test_wrong_usage_exits_with_2(run):
+    assert run("lst")[0] == 2
+    assert run("show")[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"]])
+def test_it_answers_at_once(bank, arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "skillbank.cli", *arguments]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SKILLBANK": str(bank.root)}, check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "numpy", "peft", "transformers", "safetensors"} & imported
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5, "seconds of processor time, which other load does not stretch"
+
+
+def test_user_errors_keeps_other_tracebacks():
+    @cli.user_errors
+    def broken():
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        broken()

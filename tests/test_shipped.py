@@ -1,0 +1,87 @@
+"""What ships with the repository: the bank, the demonstrations and the stored results are whole, and say what the README says."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from skillbank import Bank, attach, load
+from skillbank.load import build_base
+
+ROOT = Path(__file__).parents[1]
+BANK = Bank(ROOT / "adapters")
+EXPECTED = {
+    "walker/stand": "base",
+    "walker/walk": "skill",
+    "walker/run": "skill",
+    "walker/walk-from-stand": "composition",
+    "walker/run-from-stand": "composition",
+    "walker/run-from-stand-walk": "composition",
+}
+FILES = sorted(path.relative_to(BANK.root).as_posix() for path in BANK.root.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def test_the_bank_holds_what_the_readme_names():
+    assert {entry.ref.name: entry.card.kind for entry in BANK.list()} == EXPECTED
+
+
+def test_the_bank_is_whole():
+    assert BANK.verify() == []
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.count("/") > 1])
+def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path, file):
+    name, version, leaf = file.rsplit("/", 2)
+    shutil.copytree(BANK.root, tmp_path / "bank", ignore=lambda folder, names: [])
+    path = tmp_path / "bank" / file
+    data = bytearray(path.read_bytes())
+    data[random.Random(file).randrange(len(data))] ^= 1 << random.Random(leaf).randrange(8)
+    path.write_bytes(data)
+    problems = Bank(tmp_path / "bank").verify()
+    assert (f"{name}@{version}", leaf) in {(str(problem.ref), problem.file) for problem in problems}
+    with pytest.raises(ValueError, match=f"{name}@{version}"):
+        Bank(tmp_path / "bank").get(f"{name}@{version}")
+
+
+@pytest.mark.parametrize("name", ["walker/walk", "walker/run"])
+def test_plain_peft_gives_our_outputs(name):
+    policy = build_base(BANK.get("walker/stand")).eval()
+    x = torch.randn(16, 6), torch.randn(16, 24), torch.arange(16) % 5
+    untouched = policy.net(*x)
+    attach(policy.net, BANK.get(name))
+    ours = policy.net(*x)
+    plain = build_base(BANK.get("walker/stand")).eval()
+    theirs = PeftModel.from_pretrained(plain.net, BANK.path(name))(*x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - untouched).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_version_loads_and_acts(name):
+    model = load(name, BANK)
+    action = model.predict({"observation": torch.randn(3, 24)})
+    assert action.shape == (3, 1, 6)
+    assert action.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_cards_say_where_everything_comes_from(name):
+    card = BANK.card(name)
+    assert card.conf["seed"] is not None
+    assert card.data
+    assert all(source.removeprefix("rehearsal: ").startswith("demos/walker/") for source in card.data)
+    assert card.metrics["return"] > 100
+    assert card.tools["torch"]
+    if card.kind != "base":
+        assert card.base["ref"] == "walker/stand@1"
+
+
+def test_stored_results_are_complete_rows():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "psec_continual.jsonl").read_text().splitlines()]
+    assert rows
+    assert len({(row["name"], row["seed"]) for row in rows}) == len(rows)
+    assert all(len(row["returns"]) == 10 and row["commit"] and row["data"] for row in rows)
