@@ -6,8 +6,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import skillbank as sb
-from skillbank.attach import base_weights
-from skillbank.bank import base_fingerprint
 from skillbank.cli import user_errors
 from skillbank.fit import run_folder
 from skillbank.load import skills_on_base
@@ -59,8 +57,7 @@ def train(cfg: DictConfig) -> str:
     if base is None:
         thing = sb.Base({**conf["model"], **task.dimensions}, model.state_dict())
     else:
-        thing = sb.read(model.net)
-        card["base"] = {"ref": base, "fingerprint": base_fingerprint(base_weights(model.net, thing), thing)}
+        thing, card["base"] = sb.stack([*foundation, sb.read(model.net)]), base
     ref = str(bank.put(thing, cfg.name, card=card))
     print(f"{ref}  " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     return ref

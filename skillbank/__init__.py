@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skillbank.adapter import read_adapter, write_adapter
-    from skillbank.attach import attach, detach, fresh, read
+    from skillbank.attach import attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Composition, Ref
     from skillbank.certificate import Certificate
     from skillbank.fit import fit, validation_loss
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapter": ["read_adapter", "write_adapter"],
-    "attach": ["attach", "detach", "fresh", "read"],
+    "attach": ["attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Composition", "Ref"],
     "certificate": ["Certificate"],
     "fit": ["fit", "validation_loss"],
@@ -55,6 +55,7 @@ __all__ = [
     "cosine",
     "detach",
     "fit",
+    "fold",
     "fresh",
     "gram",
     "grow",

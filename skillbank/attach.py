@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from skillbank.skill import Factor, Skill, truncate
+from skillbank.skill import Factor, Skill
 
-__all__ = ["attach", "base_weights", "channel_layers", "detach", "fresh", "read"]
+__all__ = ["attach", "base_weights", "channel_layers", "detach", "fold", "fresh", "mark", "read"]
 
 ADAPTER = "default"
 MARK = "_skillbank_mark"
@@ -28,12 +28,10 @@ def fresh(
     rank: int = 8,
     scale: float = 16.0,
     targets: str | Sequence[str] | None = None,
-    start: Skill | None = None,
 ) -> list[nn.Parameter]:
-    """Put a new, trainable skill on `net`; until it is trained the net computes exactly what it did before (or what `start` makes of it).
+    """Put a new, trainable skill on `net`; until it is trained the net computes exactly what its base does.
 
-    A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. With `start`, that skill's factors take the first rank
-    channels and training continues from them. What was on the net before is taken off.
+    A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. What was on the net before is taken off.
 
     Args:
         net: the frozen base's net, changed in place.
@@ -41,29 +39,24 @@ def fresh(
         scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank. `read` folds it in.
         targets: which modules: None for all linear layers, a regular expression that matches whole module paths, or a list of paths or of
             their last parts.
-        start: a skill to continue from; a module where its rank is above `rank` is truncated to it, optimally.
 
     Returns:
         The trainable parameters, A and B of every module.
 
     Raises:
-        ValueError: no module matches, a module's layer cannot carry B @ A, or `start` adapts modules that are not targets.
+        ValueError: no module matches, or a module's layer cannot carry B @ A.
 
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     detach(net)
     names = _targets(net, targets)
-    if start is not None and (outside := [name for name in start if name not in names]):
-        raise ValueError(f"start adapts {outside}, which are not among the targets {names}: name them in `targets`")
     _inject(net, dict.fromkeys(names, rank), scale)
-    for name, layer in _layers(net).items():
+    for layer in _layers(net).values():
         a, b = _factor(layer)
         with torch.no_grad():
             a.normal_(std=1 / math.sqrt(a[0].numel()))
             b.zero_()
-            if start is not None and name in start:
-                _continue(a, b, start, name, scale)
     return [tensor for layer in _layers(net).values() for tensor in _factor(layer)]
 
 
@@ -74,18 +67,7 @@ def attach(net: nn.Module, skill: Skill) -> None:
         ValueError: the net lacks one of the skill's modules, its layer has another size, or it cannot carry B @ A; the net is unchanged.
 
     """
-    modules = _plain_modules(net)
-    for name, (a, b) in skill.factors.items():
-        if name not in modules:
-            raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
-        _check_layer(name, modules[name])
-        expected, found = _layer_sizes(modules[name]), (b.shape[0], tuple(a.shape[1:]))
-        if expected != found:
-            raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
-        if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):
-            raise ValueError(
-                f"module {name!r} is {type(modules[name]).__name__}, which the skill does not take it for (embeddings={sorted(skill.embeddings)})"
-            )
+    _check_fit(net, skill)
     detach(net)
     _inject(net, skill.ranks, 1.0)
     for name, layer in _layers(net).items():
@@ -93,6 +75,21 @@ def attach(net: nn.Module, skill: Skill) -> None:
             for live, stored in zip(_factor(layer), _shaped(layer, skill[name]), strict=True):
                 live.copy_(stored)
                 live.requires_grad_(False)
+
+
+@torch.no_grad()
+def fold(net: nn.Module, skill: Skill) -> None:
+    """Add the skill's deltas into the base's weights, in place and for good: a skill that is trained now stands on this one.
+
+    Raises:
+        ValueError: as `attach`; the net is unchanged.
+
+    """
+    _check_fit(net, skill)
+    for name, layer in _plain_modules(net).items():
+        if name in skill:
+            delta = skill.delta(name)
+            layer.weight += (delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta).to(layer.weight)
 
 
 def read(net: nn.Module) -> Skill:
@@ -155,6 +152,20 @@ def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
+def _check_fit(net: nn.Module, skill: Skill) -> None:
+    modules = _plain_modules(net)
+    for name, (a, b) in skill.factors.items():
+        if name not in modules:
+            raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
+        _check_layer(name, modules[name])
+        expected, found = _layer_sizes(modules[name]), (b.shape[0], tuple(a.shape[1:]))
+        if expected != found:
+            raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
+        if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):
+            kind, known = type(modules[name]).__name__, sorted(skill.embeddings)
+            raise ValueError(f"module {name!r} is {kind}, which the skill does not take it for (embeddings={known})")
+
+
 def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     config = LoraConfig(
@@ -169,14 +180,6 @@ def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
     inject_adapter_in_model(config, net, ADAPTER)
     net.train(training)
     net.__dict__[MARK] = object()
-
-
-def _continue(a: Tensor, b: Tensor, start: Skill, name: str, scale: float) -> None:
-    one = Skill({name: start[name]}, start.embeddings & {name})
-    stored_a, stored_b = truncate(one, rank=a.shape[0])[name] if one.ranks[name] > a.shape[0] else one[name]
-    channels = stored_a.shape[0]
-    a[:channels].copy_(stored_a / scale)
-    b.view(b.shape[0], -1)[:, :channels].copy_(stored_b)
 
 
 def _layers(net: nn.Module) -> dict[str, LoraLayer]:

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from skillbank import Skill, attach, detach, fresh, read, stack
+from skillbank import Skill, attach, detach, fold, fresh, read, stack
 from skillbank.attach import base_weights
 from tests.tiny import close, net_inputs, random_skill, tiny_policy
 
@@ -112,22 +112,23 @@ def test_attaching_replaces_what_was_there():
     assert read(net).fingerprint == second.fingerprint
 
 
-@pytest.mark.parametrize("rank", [6, 4, 2])
-def test_a_start_is_continued(rank):
-    net = tiny_policy().net
-    start = random_skill(net, rank=4, modules=["enter", "blocks.0.expand"])
-    attach(net, start)
-    expected = net(*net_inputs())
-    params = fresh(net, rank=rank, start=start)
-    assert set(read(net).ranks.values()) == {rank}
-    if rank >= 4:
-        close(net(*net_inputs()), expected)
-        assert len(params) == 2 * len(read(net))
-    else:
-        from skillbank import truncate
+def test_a_skill_that_is_folded_in_is_a_skill_that_is_attached(zoo):
+    skill = trained(zoo, rank=3, targets=TARGETS)
+    with_skill = zoo(IDS)
+    detach(zoo)
+    fold(zoo, skill)
+    close(zoo(IDS), with_skill)
 
-        short = truncate(start, rank=rank)
-        close(read(net).delta("enter"), short.delta("enter"))
+
+def test_a_skill_trained_on_a_folded_one_stands_on_it():
+    net = tiny_policy().net
+    first = random_skill(net, modules=["enter", "blocks.0.expand"])
+    fold(net, first)
+    second = trained(net, rank=2)
+    expected = net(*net_inputs())
+    plain = tiny_policy().net
+    attach(plain, stack([first, second]))
+    close(plain(*net_inputs()), expected)
 
 
 def test_gpt2_conv1d_and_mixed_ranks():
@@ -185,8 +186,6 @@ def test_bad_targets_name_the_layer_and_change_nothing(zoo):
             fresh(zoo, targets=targets)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         fresh(zoo, rank=0)
-    with pytest.raises(ValueError, match=r"start adapts \['conv'\], which are not among the targets"):
-        fresh(zoo, targets=["inner.0"], start=Skill({"conv": (torch.ones(1, 8, 3), torch.ones(6, 1))}))
     assert list(zoo.state_dict()) == names
 
 
@@ -201,6 +200,8 @@ def test_skills_that_do_not_fit_are_refused_and_change_nothing(zoo):
     ]:
         with pytest.raises(ValueError, match=message):
             attach(zoo, Skill(factors, frozenset(embeddings)))
+        with pytest.raises(ValueError, match=message):
+            fold(zoo, Skill(factors, frozenset(embeddings)))
         assert torch.equal(zoo(IDS), kept)
     assert read(zoo).fingerprint == good.fingerprint
 

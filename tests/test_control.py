@@ -142,6 +142,21 @@ def test_half_of_the_examples_are_seen_in_the_mirror(make):
     assert torch.equal(~flipped, batch["action"][:, 0, 0] == -1)
 
 
+def test_balance_draws_rare_steps_more_often(tmp_path):
+    path, rare = str(tmp_path / "rare.npz"), 20
+    data = arrays(lengths=(500,))
+    data["observations"] = np.random.default_rng(0).normal(size=(500, 24)).astype(np.float32) * 0.01
+    data["observations"][:rare] *= 1000
+    np.savez(path, **data)
+    shares = {}
+    for power in (0.0, 1.0, 2.0):
+        task = ControlTask(name="x", demonstrations=path, environment=WALK, balance=power)
+        batch = next(task.batches(batch_size=20_000, seed=0)(0))
+        shares[power] = float((batch["observation"].abs().amax(1) > 1).float().mean())
+    expected = [rare * 10**power / (rare * 10**power + 480) for power in shares]
+    assert list(shares.values()) == pytest.approx(expected, abs=0.02)
+
+
 def test_rehearsal_takes_its_share_and_only_the_steps_it_names(make, path):
     task = make(episodes=1, rehearsal={"demonstrations": path, "share": 0.25, "feature": 14, "below": 13.0, "episodes": 4})
     batch = next(task.batches(batch_size=400, seed=0)(0))

@@ -41,6 +41,9 @@ class ControlTask:
         seed: added to the seed of every evaluation.
         observation_noise: Gaussian noise on the observations of training batches; every example draws its level uniformly between 0 and this
             many standard deviations of each feature over the training demonstrations.
+        balance: draw each training step with probability proportional to the distance to its 5th nearest neighbour to this power (features in
+            standard deviations, distances clipped to [0.1, 1]), so that rare transients count more than the cycle that they lead to; 0 draws
+            all steps alike.
         mirror: a symmetry of the environment as two permutations, `{"observation": [...], "action": [...]}`; half of the examples of a training
             batch, at random, are seen in the mirror.
         rehearsal: examples of an old task that are trained on as well, see `Rehearsal`; None trains on the demonstrations alone.
@@ -65,11 +68,12 @@ class ControlTask:
         max_steps: int | None = None,
         seed: int = 0,
         observation_noise: float = 0.0,
+        balance: float = 0.0,
         mirror: Mapping[str, Sequence[int]] | None = None,
         rehearsal: Mapping[str, Any] | None = None,
     ) -> None:
-        if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or (episodes is not None and episodes < 1):
-            given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {episodes=}"
+        if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or balance < 0 or (episodes is not None and episodes < 1):
+            given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {balance=}, {episodes=}"
             raise ValueError(f"task {name!r}: horizon and episodes must be at least 1, the others at least 0, got {given}")
         self.name, self.environment, self.horizon, self.execute = name, environment, horizon, execute
         self.evaluation_episodes, self.max_steps, self.seed = evaluation_episodes, max_steps, seed
@@ -80,7 +84,7 @@ class ControlTask:
         """What is trained on."""
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
-        self._examples = _Examples(self.demonstrations, horizon)
+        self._examples = _Examples(self.demonstrations, horizon, balance=balance)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
         self._mirror = None if mirror is None else _permutations(name, mirror, self.observation_dim, self.action_dim)
         self.rehearsal = None if rehearsal is None else Rehearsal(**rehearsal, horizon=horizon)
@@ -222,6 +226,7 @@ class Rehearsal:
         episodes: the first this many; None for all.
         feature: position of an observation feature that chooses steps, or None for all steps.
         below: keep the steps where that feature is below this.
+        balance: as for the demonstrations.
         horizon: H.
 
     Raises:
@@ -237,6 +242,7 @@ class Rehearsal:
         episodes: int | None = None,
         feature: int | None = None,
         below: float | None = None,
+        balance: float = 0.0,
         horizon: int = 1,
     ) -> None:
         if not 0 < share < 1:
@@ -250,7 +256,7 @@ class Rehearsal:
             rows = np.flatnonzero(self.demonstrations.observations[:, feature] < below)
             if not len(rows):
                 raise ValueError(f"rehearsal: no step of {demonstrations} has observation feature {feature} below {below}")
-        self.examples = _Examples(self.demonstrations, horizon, rows)
+        self.examples = _Examples(self.demonstrations, horizon, rows, balance)
 
 
 def _permutations(task: str, mirror: Mapping[str, Sequence[int]], observation_dim: int, action_dim: int) -> dict[str, Tensor]:
@@ -261,14 +267,25 @@ def _permutations(task: str, mirror: Mapping[str, Sequence[int]], observation_di
     return {key: torch.tensor(list(mirror[key])) for key in sizes}
 
 
+def _rarity(observations: Tensor, power: float, neighbour: int = 5) -> NDArray[np.float64]:
+    """Cumulative probabilities of the rows, each proportional to the distance to its 5th neighbour, in [0.1, 1] deviations, to a power."""
+    scaled = observations / observations.std(0).clamp_min(1e-6)
+    nearest = [torch.cdist(part, scaled).topk(min(neighbour + 1, len(scaled)), largest=False).values[:, -1] for part in scaled.split(1000)]
+    weights = torch.cat(nearest).clamp(0.1, 1.0).double() ** power
+    cumulative: NDArray[np.float64] = (weights.cumsum(0) / weights.sum()).numpy()
+    cumulative[-1] = 1.0
+    return cumulative
+
+
 class _Examples:
     """Steps of demonstrations as tensors, with the rows of the actions that follow each; all steps, or those in `rows`."""
 
-    def __init__(self, demonstrations: Demonstrations, horizon: int, rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, demonstrations: Demonstrations, horizon: int, rows: NDArray[np.int64] | None = None, balance: float = 0.0) -> None:
         self.observations = torch.from_numpy(demonstrations.observations)
         self.actions = torch.from_numpy(demonstrations.actions)
         last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
         self.rows = torch.from_numpy(np.arange(len(last)) if rows is None else rows)
+        self.cumulative = _rarity(self.observations[self.rows], balance) if balance else None
         chunks = np.arange(len(last))[:, None] + np.arange(horizon)
         self.chunks = torch.from_numpy(np.minimum(chunks, last[:, None]).astype(np.int32))
 
@@ -276,11 +293,13 @@ class _Examples:
         return len(self.rows)
 
     def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
-        """Uniform with replacement."""
-        return self.batch(torch.from_numpy(generator.integers(0, len(self), count)))
+        """Draw with replacement, uniformly or by rarity."""
+        if self.cumulative is None:
+            return self.batch(torch.from_numpy(generator.integers(0, len(self), count)))
+        return self.batch(torch.from_numpy(np.searchsorted(self.cumulative, generator.random(count), side="right")))
 
     def batch(self, which: Tensor) -> dict[str, Tensor]:
         rows = self.rows.index_select(0, which)
         chunks = self.chunks.index_select(0, rows)
-        actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, -1)
+        actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, self.actions.shape[-1])
         return {"observation": self.observations.index_select(0, rows), "action": actions}

@@ -162,11 +162,3 @@ def _check_spaces(environment: str, env: Environment) -> None:
             raise ValueError(f"environment {environment!r}: the {kind} space must be a Box with one dimension, got {space}")
     if not env.action_space.is_bounded():  # type: ignore[attr-defined]
         raise ValueError(f"environment {environment!r}: the action space must be bounded to be scaled to [-1, 1], got {env.action_space}")
-
-
-def __getattr__(name: str) -> Any:  # TEMPORARY
-    if name == "rollout":
-        from skillbank.tasks.rollouts import rollout
-
-        return rollout
-    raise AttributeError(name)

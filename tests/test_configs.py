@@ -1,0 +1,282 @@
+"""Every file under conf/ is used for real, and the two commands of the README run, resume, and answer mistakes in one line."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import skillbank as sb
+from skillbank.load import build
+from tests.tiny import random_skill, tiny_batch, tiny_policy
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+YAMLS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+CHOICES = [path for path in YAMLS if len(path.parts) > 1]
+OPTIONAL_IN = {"experiment": ("train", "compose"), "gate": ("compose",), "merge": ("compose",), "model": ("train",), "lora": ("train",)}
+
+
+def choices(group):
+    return [path.relative_to(group).as_posix() for path in CHOICES if path.parts[0] == group]
+
+
+def composed(name, *overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(name, list(overrides))
+
+
+def test_every_group_is_known():
+    assert len(YAMLS) > 10
+    assert {path.parts[0] for path in CHOICES} == {"experiment", "fit", "gate", "logger", "lora", "merge", "model", "task"}
+    assert {path.as_posix() for path in YAMLS if len(path.parts) == 1} == {"train", "compose"}
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=Path.as_posix)
+def test_every_choice_composes(choice):
+    """In at least one of the two commands, and it resolves."""
+    group, name = choice.parts[0], choice.relative_to(choice.parts[0]).as_posix()
+    done = []
+    for command in OPTIONAL_IN.get(group, ("train", "compose")):
+        given = ["skills=[a,b]"] if command == "compose" else []
+        try:
+            conf = composed(command, f"{group}={name}", *given)
+        except HydraException:
+            if group != "experiment":
+                raise
+            continue
+        OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
+        done.append(command)
+    assert done
+
+
+@pytest.mark.parametrize("name", choices("task"))
+def test_every_task(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    task = instantiate(composed("train", f"task={name}").task, _convert_="all")
+    assert task.name == name
+    batch = next(task.batches(batch_size=4, seed=0)(0))
+    assert batch["observation"].shape == (4, task.observation_dim)
+    assert len(list(task.validation(batch_size=1024))) > 0
+    assert task.environment_seeds()
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model(name):
+    model = instantiate(composed("train", f"model={name}").model, observation_dim=5, action_dim=3, _convert_="all")
+    sb.check_model(model, tiny_batch(horizon=model.horizon))
+
+
+@pytest.mark.parametrize("name", choices("lora"))
+def test_every_lora(name):
+    policy = tiny_policy()
+    conf = OmegaConf.to_container(composed("train", f"lora={name}").lora)
+    assert len(sb.fresh(policy.net, **conf)) == 2 * len(sb.read(policy.net))
+
+
+@pytest.mark.parametrize("name", choices("gate"))
+def test_every_gate(name):
+    gate = OmegaConf.to_container(composed("compose", f"gate={name}", "skills=[a,b]").gate)
+    policy = tiny_policy()
+    model = sb.Composed(policy, build({**gate, "context_dim": 5, "skills": 2}), [random_skill(policy.net, seed=seed) for seed in (1, 2)])
+    assert model.weights(tiny_batch()).shape == (6, 2)
+
+
+@pytest.mark.parametrize("name", choices("merge"))
+def test_every_merge(name):
+    merge = OmegaConf.to_container(composed("compose", f"merge={name}", "skills=[a,b]").merge)
+    net = tiny_policy().net
+    options = {key: value for key, value in merge.items() if value is not None}
+    merged = sb.merge([random_skill(net, seed=seed) for seed in (1, 2)], **options)
+    assert merged.certificate.method == merge["method"]
+
+
+@pytest.mark.parametrize("name", choices("fit"))
+def test_every_fit(name):
+    policy = tiny_policy()
+    conf = OmegaConf.to_container(composed("train", f"fit={name}", "fit.steps=2").fit)
+
+    def batches(start):
+        while True:
+            yield tiny_batch()
+
+    assert sb.fit(policy, batches, sb.fresh(policy.net), progress=False, **conf).steps == 2
+
+
+SMALL = ["+model.width=16", "+model.blocks=1", "+model.time_dim=8", "+model.time_hidden=[8,8]"]
+QUICK = ["fit.steps=12", "fit.precision=no", "+fit.log_every=4", "+fit.checkpoint_every=4", "+fit.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with tiny demonstrations and a bank that holds a base and two skills, all made by the commands."""
+    folder = tmp_path_factory.mktemp("home")
+    rng = np.random.default_rng(0)
+    for name in ("stand", "walk", "run"):
+        arrays = {"observations": rng.normal(size=(3, 30, 24)), "actions": rng.uniform(-1, 1, (3, 30, 6)), "rewards": rng.random((3, 30))}
+        np.savez(folder / f"{name}.npz", **{key: value.astype(np.float32) for key, value in arrays.items()})
+    code, out, err = command(folder, "train", "task=walker/stand", "fit=base", *SMALL, *common("stand"))
+    assert (code, out.split()[:1]) == (0, ["walker/stand@1"]), err
+    code, out, err = command(folder, "train", "-m", "base=walker/stand", "seed=0,1", "lora.rank=2", *common("walk"))
+    assert code == 0, err
+    code, out, err = command(folder, "train", "task=walker/run", "base=walker/stand", "start=[walker/walk]", "lora.rank=2", *common("run"))
+    assert (code, out.split()[:1]) == (0, ["walker/run@1"]), err
+    return folder
+
+
+def common(name):
+    return [f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "++task.rehearsal=null", "bank=bank", "episodes=0", *QUICK]
+
+
+def start(folder, script, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TQDM_DISABLE": "1"}
+    line = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
+    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def command(folder, script, *arguments):
+    process = start(folder, script, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_train(home):
+    bank = sb.Bank(home / "bank")
+    assert bank.verify() == []
+    assert bank.versions("walker/walk") == [1, 2]
+    one, two = bank.get("walker/walk@1"), bank.get("walker/walk@2")
+    assert one.fingerprint != two.fingerprint
+    card = bank.card("walker/walk@2")
+    assert card.conf["seed"] == 1
+    assert card.base["ref"] == "walker/stand@1"
+    assert list(card.data) == ["walk.npz"]
+    assert card.metrics["step"] == 12
+    assert [parent["ref"] for parent in bank.card("walker/run").parents] == ["walker/walk@2"]
+
+
+def test_compose_a_gate_with_its_report(home):
+    """The command of the README, evaluated for a few steps in the simulator."""
+    arguments = ["task=walker/run", "skills=[walker/walk,walker/run]", "gate=mlp", *common("run"), "episodes=1", "+task.max_steps=3"]
+    code, out, err = command(home, "compose", *arguments)
+    assert code == 0, err
+    table = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("|")]
+    rows = ["row", "--", "base, untouched", "walker/walk@2, untouched", "walker/run@1, untouched", "walker/run-from-stand-walk@1"]
+    assert [row for row, _ in table][0::1][0] == rows[0]
+    assert [row for row, _ in table][2:] == rows[2:]
+    report = home / re.search(r"report: (.*)", out).group(1)
+    assert "walker/run-from-stand-walk@1" in report.read_text()
+    bank = sb.Bank(home / "bank")
+    card = bank.card("walker/run-from-stand-walk")
+    assert float(table[-1][1]) == pytest.approx(card.metrics["return"], rel=0.01)
+    assert isinstance(sb.load("walker/run-from-stand-walk", bank), sb.Composed)
+
+
+def test_compose_a_merge(home):
+    """Evaluated as the merge that it is, not as the base."""
+    arguments = [
+        "task=walker/run",
+        "skills=[walker/walk@1,walker/run]",
+        "merge=svd",
+        "merge.rank=1",
+        "weights=[40,-30]",
+        "name=merged",
+        "report=false",
+    ]
+    code, _, err = command(home, "compose", *arguments, *common("run"), "episodes=1", "+task.max_steps=3")
+    assert code == 0, err
+    bank = sb.Bank(home / "bank")
+    card = bank.card("merged")
+    assert 0 < card.metrics["merge_error"] < 1
+    conf = OmegaConf.create(card.conf["task"])
+    conf.demonstrations = str(home / "run.npz")
+    task = instantiate(conf, _convert_="all")
+    assert card.metrics["return"] == task.evaluate(sb.load("merged", bank), episodes=1)["return"]
+    assert card.metrics["return"] != task.evaluate(sb.load("walker/stand", bank), episodes=1)["return"]
+
+
+def test_a_killed_command_resumes(home):
+    arguments = ["task=walker/walk", "base=walker/stand", "fit.steps=400", "lora.rank=3", *common("walk")[:-5], *QUICK[1:]]
+    whole = home / "whole"
+    for folder in (whole, home / "killed"):
+        folder.mkdir()
+        (folder / "bank").symlink_to(home / "bank")
+        (folder / "walk.npz").symlink_to(home / "walk.npz")
+    process = start(home / "killed", "train", *arguments, "name=killed/walk")
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if any((home / "killed/runs").rglob("checkpoint.safetensors")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    bank = sb.Bank(home / "bank")
+    assert "killed/walk" not in {entry.ref.name for entry in bank.list()}
+    assert len(metrics(home / "killed")) < 100
+    assert command(home / "killed", "train", *arguments, "name=killed/walk")[0] == 0
+    assert command(whole, "train", *arguments, "name=whole/walk")[0] == 0
+    assert metrics(home / "killed") == metrics(whole)
+    assert bank.get("killed/walk").fingerprint == bank.get("whole/walk").fingerprint
+    assert bank.verify() == []
+
+
+def metrics(folder):
+    (path,) = (folder / "runs").rglob("metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train", ["task=walker/wlak"], r"Could not find 'task/walker/wlak'(.|\n)*walker/walk"),
+        ("train", ["fit.step=3"], r"Key 'step' is not in struct"),
+        ("compose", ["skills=[a]", "merge=tiez"], r"Could not find 'merge/tiez'(.|\n)*Available options in 'merge':\n\s+stack\n\s+svd"),
+        ("train", ["task.environment=dm_control/walker-wlak", "episodes=1", "fit.steps=1"], "did you mean 'dm_control/walker-walk'"),
+        ("train", ["task.demonstrations=nowhere.npz"], "skillbank: .*nowhere.npz"),
+        ("train", ["base=walker/satnd"], "skillbank: no 'walker/satnd' .* did you mean 'walker/stand'"),
+        ("train", ["base=walker/walk@1"], "skillbank: 'walker/walk@1' is a skill, a base is needed: give base=walker/stand@1"),
+        ("train", ["base=walker/stand", "start=[walker/stand]"], "skillbank: 'walker/stand@1' is a base, a skill is needed here"),
+        ("train", ["start=[walker/walk]"], "skillbank: the skills to start from belong to base 'walker/stand@1'"),
+        ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
+        ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
+        ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
+        ("compose", ["gate=mlp"], "Missing mandatory value: skills"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_mistakes_are_answered_without_a_traceback(home, monkeypatch, capsys, script, arguments, message):
+    if "device=cuda" in message and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = sorted((home / "bank").rglob("*"))
+    given = {each.split("=")[0].lstrip("+") for each in arguments}
+    others = [each for each in common("walk") if each.split("=")[0].lstrip("+") not in given]
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments, *others])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    err = capsys.readouterr().err
+    assert stop.value.code == 1, err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert sorted((home / "bank").rglob("*")) == before
+
+
+def test_a_mistake_exits_with_1_in_a_terminal_too(home):
+    code, _, err = command(home, "train", "base=walker/satnd", *common("walk"))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "did you mean 'walker/stand'" in err
