@@ -25,17 +25,19 @@ def train(cfg: DictConfig) -> str:
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
     base = None if cfg.base is None else str(bank.resolve(cfg.base))
     if base is not None and (kind := bank.card(base).kind) != "base":
-        raise ValueError(f"{base!r} is a {kind}, a base is needed: give base={bank.base_of([base])}, and start=[...] to continue from skills")
-    start_base, _, skills, start = skills_on_base(bank, cfg.start) if cfg.start else (base, None, [], [])
+        raise ValueError(f"{base!r} is a {kind}, a base is needed: give base={bank.base_of([base])}, and start=[...] to stand on skills")
+    start_base, _, foundation, start = skills_on_base(bank, cfg.start) if cfg.start else (base, None, [], [])
     if start_base != base:
-        raise ValueError(f"the skills to start from belong to base {start_base!r}, the new one is to have {base!r}: give base={start_base}")
+        raise ValueError(f"the skills to stand on belong to base {start_base!r}, the new one is to have {base!r}: give base={start_base}")
     torch.manual_seed(cfg.seed)
     if base is None:
         model = instantiate(cfg.model, **task.dimensions, _convert_="all")
         params = list(model.parameters())
     else:
         model = sb.load(base, bank)
-        params = sb.fresh(model.net, **conf["lora"], start=sb.merge(skills) if start else None)
+        for skill in foundation:
+            sb.fold(model.net, skill)
+        params = sb.fresh(model.net, **conf["lora"])
         for layer in (module for module in model.net.modules() if isinstance(module, torch.nn.Dropout)):
             layer.p = cfg.dropout
     folder = run_folder("train", cfg.name, [conf, base, start, task.data])

@@ -250,7 +250,7 @@ def metrics(folder):
         ("train", ["base=walker/satnd"], "skillbank: no 'walker/satnd' .* did you mean 'walker/stand'"),
         ("train", ["base=walker/walk@1"], "skillbank: 'walker/walk@1' is a skill, a base is needed: give base=walker/stand@1"),
         ("train", ["base=walker/stand", "start=[walker/stand]"], "skillbank: 'walker/stand@1' is a base, a skill is needed here"),
-        ("train", ["start=[walker/walk]"], "skillbank: the skills to start from belong to base 'walker/stand@1'"),
+        ("train", ["start=[walker/walk]"], "skillbank: the skills to stand on belong to base 'walker/stand@1'"),
         ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
         ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
         ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
