@@ -38,7 +38,8 @@ def compose(cfg: DictConfig) -> str:
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
     base, model, skills, refs = skills_on_base(bank, cfg.skills)
     name = cfg.name or composition_name(cfg.task.name, base, refs)
-    folder = run_folder("compose", name, [conf, base, refs, task.data])
+    recipe = {key: conf.get(key) for key in ("task", "gate", "merge", "weights", "regulariser", "fit", "seed", "batch_size")}
+    folder = run_folder("compose", name, [recipe, [bank.card(ref).hash for ref in (base, *refs)], task.data])
     torch.manual_seed(cfg.seed)
     if merge is not None:
         merge = {key: value for key, value in {**merge, "weights": conf["weights"]}.items() if value is not None}

@@ -40,7 +40,9 @@ def train(cfg: DictConfig) -> str:
         params = sb.fresh(model.net, **conf["lora"])
         for layer in (module for module in model.net.modules() if isinstance(module, torch.nn.Dropout)):
             layer.p = cfg.dropout
-    folder = run_folder("train", cfg.name, [conf, base, start, task.data])
+    made_from = [bank.card(ref).hash for ref in (base, *start) if ref is not None]
+    recipe = {key: conf[key] for key in ("task", "model", "lora", "dropout", "fit", "seed", "batch_size")}
+    folder = run_folder("train", cfg.name, [recipe, made_from, task.data])
     result = sb.fit(
         model,
         task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
