@@ -40,11 +40,23 @@ def user_errors(run: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return run(*args, **kwargs)
-        except _USER_ERRORS as error:
-            sys.stderr.write(f"skillbank: {error}\n")
+        except Exception as error:
+            if (message := _message(error)) is None:
+                raise
+            sys.stderr.write(f"skillbank: {message}\n")
             raise SystemExit(1) from None
 
     return wrapped
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell a user of an error; None where the fault is not the user's. Errors inside Hydra's `instantiate` are its causes."""
+    origin = type(error).__module__.partition(".")[0]
+    if origin == "hydra" and isinstance(error.__cause__, _USER_ERRORS):
+        return str(error.__cause__)
+    if origin == "omegaconf":
+        return str(error).partition("\n")[0]
+    return str(error) if isinstance(error, _USER_ERRORS) else None
 
 
 @user_errors

@@ -17,7 +17,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, 
     """Write tensors and string notes to `path`, atomically; the same input gives the same bytes."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the umask gives; safetensors makes files that only their owner can read
         save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, beside, dict(notes) if notes else None)
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

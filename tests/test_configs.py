@@ -1,9 +1,7 @@
 """Every file under conf/ is used for real, and the two commands of the README run, resume, and answer mistakes in one line."""
 
 import json
-import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from omegaconf import OmegaConf
 
 import skillbank as sb
 from skillbank.load import build
+from tests.commands import Commands, environment
 from tests.tiny import random_skill, tiny_batch, tiny_policy
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +121,14 @@ QUICK = ["fit.steps=12", "fit.precision=no", "+fit.log_every=4", "+fit.checkpoin
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def command():
+    commands = Commands()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, command):
     """A folder with tiny demonstrations and a bank that holds a base and two skills, all made by the commands."""
     folder = tmp_path_factory.mktemp("home")
     rng = np.random.default_rng(0)
@@ -142,18 +148,6 @@ def common(name):
     return [f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "++task.rehearsal=null", "bank=bank", "episodes=0", *QUICK]
 
 
-def start(folder, script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TQDM_DISABLE": "1"}
-    line = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
-    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def command(folder, script, *arguments):
-    process = start(folder, script, *arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
 def test_train(home):
     bank = sb.Bank(home / "bank")
     assert bank.verify() == []
@@ -168,7 +162,7 @@ def test_train(home):
     assert [parent["ref"] for parent in bank.card("walker/run").parents] == ["walker/walk@2"]
 
 
-def test_compose_a_gate_with_its_report(home):
+def test_compose_a_gate_with_its_report(home, command):
     """The command of the README, evaluated for a few steps in the simulator."""
     arguments = ["task=walker/run", "skills=[walker/walk,walker/run]", "gate=mlp", *common("run"), "episodes=1", "+task.max_steps=3"]
     code, out, err = command(home, "compose", *arguments)
@@ -185,7 +179,7 @@ def test_compose_a_gate_with_its_report(home):
     assert isinstance(sb.load("walker/run-from-stand-walk", bank), sb.Composed)
 
 
-def test_compose_a_merge(home):
+def test_compose_a_merge(home, command):
     """Evaluated as the merge that it is, not as the base."""
     arguments = [
         "task=walker/run",
@@ -208,8 +202,8 @@ def test_compose_a_merge(home):
     assert card.metrics["return"] != task.evaluate(sb.load("walker/stand", bank), episodes=1)["return"]
 
 
-def test_a_killed_command_resumes(home):
-    arguments = ["task=walker/walk", "base=walker/stand", "fit.steps=400", "lora.rank=3", *common("walk")[:-5], *QUICK[1:]]
+def test_a_killed_command_resumes(home, command):
+    arguments = ["task=walker/walk", "base=walker/stand", "fit.steps=150", "lora.rank=3", *common("walk")[:-5], *QUICK[1:]]
     whole = home / "whole"
     for folder in (whole, home / "killed"):
         folder.mkdir()
@@ -242,11 +236,11 @@ def metrics(folder):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["task=walker/wlak"], r"Could not find 'task/walker/wlak'(.|\n)*walker/walk"),
+        ("train", ["task=walker/wlak"], "Could not find 'task/walker/wlak'"),
         ("train", ["fit.step=3"], r"Key 'step' is not in struct"),
         ("compose", ["skills=[a]", "merge=tiez"], r"Could not find 'merge/tiez'(.|\n)*Available options in 'merge':\n\s+stack\n\s+svd"),
         ("train", ["task.environment=dm_control/walker-wlak", "episodes=1", "fit.steps=1"], "did you mean 'dm_control/walker-walk'"),
-        ("train", ["task.demonstrations=nowhere.npz"], "skillbank: .*nowhere.npz"),
+        ("train", ["task.demonstrations=nowhere.npz"], "skillbank: no demonstration file 'nowhere.npz'"),
         ("train", ["base=walker/satnd"], "skillbank: no 'walker/satnd' .* did you mean 'walker/stand'"),
         ("train", ["base=walker/walk@1"], "skillbank: 'walker/walk@1' is a skill, a base is needed: give base=walker/stand@1"),
         ("train", ["base=walker/stand", "start=[walker/stand]"], "skillbank: 'walker/stand@1' is a base, a skill is needed here"),
@@ -254,29 +248,30 @@ def metrics(folder):
         ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
         ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
         ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
-        ("compose", ["gate=mlp"], "Missing mandatory value: skills"),
+        ("compose", ["gate=mlp"], "skillbank: Missing mandatory value: skills"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
-def test_mistakes_are_answered_without_a_traceback(home, monkeypatch, capsys, script, arguments, message):
+def test_mistakes_are_answered_without_a_traceback(home, command, script, arguments, message):
     if "device=cuda" in message and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     before = sorted((home / "bank").rglob("*"))
     given = {each.split("=")[0].lstrip("+") for each in arguments}
     others = [each for each in common("walk") if each.split("=")[0].lstrip("+") not in given]
-    GlobalHydra.instance().clear()
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments, *others])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    err = capsys.readouterr().err
-    assert stop.value.code == 1, err
+    code, _, err = command(home, script, *arguments, *others)
+    assert code == 1, err
     assert re.search(message, err), err
     assert "Traceback" not in err
     assert sorted((home / "bank").rglob("*")) == before
 
 
-def test_a_mistake_exits_with_1_in_a_terminal_too(home):
-    code, _, err = command(home, "train", "base=walker/satnd", *common("walk"))
-    assert (code, err.count("\n")) == (1, 1)
+def start(folder, script, *arguments):
+    line = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
+    return subprocess.Popen(line, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_mistake_in_a_terminal(home):
+    process = start(home, "train", "base=walker/satnd", *common("walk"))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (1, 1)
     assert "did you mean 'walker/stand'" in err

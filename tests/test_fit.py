@@ -267,6 +267,9 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(AttributeError, match="detach"):
         save_tensors(path, {"a": "no tensor"})
     assert path.read_bytes() == first
+    plain = tmp_path.parent / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     path.write_bytes(first[:-3])
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):

@@ -1,0 +1,69 @@
+"""The benchmarks run, and what they compose is what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.levels import ActionLevel, NoiseLevel
+from benchmarks.psec_continual import interval
+from skillbank import attach, check_model, merge
+from tests.tiny import close, random_skill, tiny_batch, tiny_policy
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command):
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_the_table_is_printed_from_stored_results():
+    done = run("benchmarks.psec_continual", "--from-results")
+    assert done.returncode == 0, done.stderr
+    assert "S->W/det10/ours" in done.stdout
+    assert "(the demonstrations)" in done.stdout
+
+
+def test_a_quick_cell_of_the_experiment():
+    done = run("benchmarks.psec_continual", "--quick", "--rows", "ours", "nsec")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "S+W->R/sto3/ours" in done.stdout
+    assert "S+W->R/sto3/nsec" in done.stdout
+
+
+def test_rollout_times_and_errors():
+    done = run("benchmarks.rollouts", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| K=")]
+    assert len(rows) == 5
+    assert all(float(row[-1]) < 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel])
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_a_one_hot_level_is_that_policy(kind, member):
+    skills = [random_skill(tiny_policy().net, seed=seed) for seed in range(2)]
+    level = kind(tiny_policy(temperature=0.0), skills)
+    check_model(level, tiny_batch())
+    with torch.no_grad():
+        level.gate.head.bias.copy_(torch.eye(3)[member])
+    alone = tiny_policy(temperature=0.0)
+    if member:
+        attach(alone.net, merge([skills[member - 1]], [1.0]))
+    close(level.predict(tiny_batch()), alone.predict(tiny_batch()), 1e-4)
+
+
+@pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel])
+def test_only_the_gate_of_a_level_gets_a_gradient(kind):
+    level = kind(tiny_policy(), [random_skill(tiny_policy().net)])
+    level(tiny_batch()).backward()
+    assert {name.split(".")[0] for name, p in level.named_parameters() if p.grad is not None} == {"gate"}
+    assert level.gate.head.bias.grad.abs().sum() > 0
+
+
+def test_the_interval_covers_the_mean_and_grows_with_the_spread_of_seeds():
+    narrow, wide = interval([[10.0, 11.0], [10.0, 11.0]]), interval([[0.0, 1.0], [20.0, 21.0]])
+    assert narrow[0] <= 10.5 <= narrow[1]
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
