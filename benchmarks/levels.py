@@ -18,6 +18,8 @@ __all__ = ["ActionLevel", "NoiseLevel"]
 class _Level(nn.Module):
     """Base and K skills as K + 1 policies on one stack; a gate weights what they say. A `Model`."""
 
+    members: Tensor
+
     def __init__(self, policy: DiffusionPolicy, skills: Sequence[Skill]) -> None:
         super().__init__()
         self.gate = MLPGate(policy.observation_dim, len(skills) + 1)
@@ -76,7 +78,7 @@ class ActionLevel(_Level):
     def act(self, observation: Tensor) -> Tensor:
         """Mix the sampled actions, (B, D) -> (B, H, A)."""
         weights = self.gate(observation)
-        total = 0.0
+        total = torch.zeros((), device=observation.device)
         for member in range(len(self.members)):
             self.become(member, len(observation))
             with torch.no_grad():

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
-from torch import nn
 
 import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks.levels import ActionLevel, NoiseLevel
 from skillbank.load import skills_on_base
+from skillbank.model import Model, ModelModule
+from skillbank.models.diffusion import DiffusionPolicy
 from skillbank.report import markdown
 from skillbank.tasks.control import ControlTask
 from skillbank.tasks.demonstrations import load_demonstrations
@@ -119,63 +121,66 @@ class Study:
         print(f"-- {name}", flush=True)
         return make(conf)
 
-    def load(self, ref: str, temperature: float = 1.0) -> nn.Module:
+    def load(self, ref: str, temperature: float = 1.0) -> ModelModule:
         """Model of a version, its sampler at the given temperature."""
         model = sb.load(ref, self.bank)
-        (model.model if isinstance(model, sb.Composed) else model).temperature = temperature
+        policy: Any = model.model if isinstance(model, sb.Composed) else model
+        policy.temperature = temperature
         return model
 
     # What the rows are. Each returns a model.
 
-    def base(self, scenario: str) -> nn.Module:
+    def base(self, scenario: str) -> Model:
         """The base, untouched."""
         return self.load(BASE)
 
-    def best_skill(self, scenario: str) -> nn.Module:
+    def best_skill(self, scenario: str) -> Model:
         """The best that is there before the new skill is trained, untouched: the walk skill for run, the base for walk."""
-        return self.load(BASE) if scenario == "S->W" else self.load(self.own_skills("S->W")[0], temperature=0.0)
+        return self.load(BASE) if scenario == "S->W" else self.load(self.own_skills("S->W")[0], temperature=0.5)
 
-    def scratch(self, scenario: str) -> nn.Module:
+    def scratch(self, scenario: str) -> Model:
         """The same network trained on the new demonstrations alone, as in the paper."""
         return self.load(self.train(SCENARIOS[scenario][0], "scratch", "experiment=paper", base=None))
 
-    def lora(self, scenario: str) -> nn.Module:
+    def lora(self, scenario: str) -> Model:
         """The new skill alone, trained as in the paper, at the weight that it was trained with."""
         return self.load(self.paper_skills(scenario)[-1])
 
-    def fixed(self, scenario: str) -> nn.Module:
+    def fixed(self, scenario: str) -> Model:
         """Constant weights, chosen on a grid by the diffusion loss on held-out demonstrations."""
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
         levels = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
         task = self.task(SCENARIOS[scenario][0])
-        composed = sb.Composed(model, sb.ConstantGate(task.observation_dim, len(skills)), skills)
+        gate = sb.ConstantGate(task.observation_dim, len(skills))
+        composed = sb.Composed(model, gate, skills)
         losses = {}
         for weights in itertools.product(levels, repeat=len(skills)):
             with torch.no_grad():
-                composed.gate.weights.copy_(torch.tensor(weights))
+                gate.weights.copy_(torch.tensor(weights))
             losses[weights] = sb.validation_loss(composed, task.validation(batch_size=3000), repeats=2)
         best = min(losses, key=losses.__getitem__)
         with torch.no_grad():
-            composed.gate.weights.copy_(torch.tensor(best))
+            gate.weights.copy_(torch.tensor(best))
         print(f"   fixed weights {best}", flush=True)
         return composed
 
-    def psec(self, scenario: str) -> nn.Module:
+    def psec(self, scenario: str) -> Model:
         """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
         plain = ("task.observation_noise=0.0", "task.rehearsal=null")
         gate = ("gate=official", "fit.steps=1001", "batch_size=512", *plain)
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 
-    def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> nn.Module:
+    def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
         """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action."""
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
-        model.temperature = 1.0
+        policy = cast("DiffusionPolicy", model)
+        policy.temperature = 1.0
         torch.manual_seed(self.seed)
-        level = kind(model, skills)
+        level = kind(policy, skills)
         steps = 5 if self.overrides else 1001
         batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=256, seed=self.seed)
         folder = self.folder / kind.__name__ / self.setting / f"seed-{self.seed}" / scenario
-        options = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
+        options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
         return level
 
@@ -187,16 +192,16 @@ class Study:
             made.append(self.train(task, recipe, f"start=[{','.join(made)}]"))
         return made
 
-    def ours(self, scenario: str) -> nn.Module:
+    def ours(self, scenario: str) -> Model:
         """This library's recipe."""
-        return self.load(self.compose(scenario, "ours", self.own_skills(scenario), "gate=mlp"), temperature=0.0)
+        return self.load(self.compose(scenario, "ours", self.own_skills(scenario), "gate=mlp"), temperature=0.5)
 
     def paper_skills(self, scenario: str) -> list[str]:
         """Skills of the paper's recipe, each trained from the base."""
         return [self.train(task, "paper", "experiment=paper") for task in SCENARIOS[scenario][1]]
 
 
-ROWS: dict[str, Callable[[Study, str], nn.Module]] = {
+ROWS: dict[str, Callable[[Study, str], Model]] = {
     "base": Study.base,
     "best-skill": Study.best_skill,
     "scratch": Study.scratch,
@@ -216,12 +221,12 @@ def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tu
             yield scenario, setting, row, seed
 
 
-def read_results() -> list[dict]:
+def read_results() -> list[dict[str, Any]]:
     """Stored result rows."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[str, ...] = (), episodes: int = 10) -> dict:
+def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[str, ...] = (), episodes: int = 10) -> dict[str, Any]:
     """Train what the cell needs, run its test episodes and return its result row."""
     started = time.time()
     study = Study(setting, seed, overrides)
@@ -256,12 +261,12 @@ def interval(per_seed: list[list[float]], repeats: int = 4000) -> tuple[float, f
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Mean, interquartile mean and interval per row, the paper's figure and the demonstrations' own return beside them."""
-    grouped: dict[str, list[dict]] = defaultdict(list)
+    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for each in results:
         grouped[each["name"]].append(each)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for setting, scenario in itertools.product(SETTINGS, SCENARIOS):
         for row in ROWS:
             found = sorted(grouped.get(f"{scenario}/{setting}/{row}", []), key=lambda each: each["seed"])

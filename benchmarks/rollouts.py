@@ -16,13 +16,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 import skillbank as sb
+from skillbank.model import Model
 from skillbank.models.diffusion import DiffusionPolicy
 from skillbank.report import markdown
 
@@ -50,7 +53,8 @@ def dense(policy: DiffusionPolicy, skills: list[sb.Skill], weights: list[float])
     with torch.no_grad():
         for skill, weight in zip(skills, weights, strict=True):
             for name in skill:
-                merged.net.get_submodule(name).weight += weight * skill.delta(name)
+                dense_weight = merged.net.get_submodule(name).get_parameter("weight")
+                dense_weight.add_(weight * skill.delta(name))
     return merged
 
 
@@ -85,13 +89,13 @@ def median(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def act(model: nn.Module, observation: Tensor) -> Tensor:
+def act(model: Model, observation: Tensor) -> Tensor:
     """Predict with the same starting noise every time."""
     torch.manual_seed(0)
     return model.predict({"observation": observation})
 
 
-def measure(rows: list[int], counts: list[int], repeats: int, folder: Path) -> list[dict]:
+def measure(rows: list[int], counts: list[int], repeats: int, folder: Path) -> list[dict[str, Any]]:
     """Result rows for every batch size and number of skills."""
     torch.manual_seed(0)
     policy = DiffusionPolicy(24, 6, temperature=0.0).eval().requires_grad_(False)
@@ -102,7 +106,7 @@ def measure(rows: list[int], counts: list[int], repeats: int, folder: Path) -> l
         weights = [1 / count] * count
         stacked = copy.deepcopy(policy)
         sb.attach(stacked.net, sb.merge(skills, weights))
-        models = {
+        models: dict[str, Any] = {
             "base": policy,
             "merged into the weights": dense(policy, skills, weights),
             "stack": stacked,
@@ -119,7 +123,7 @@ def measure(rows: list[int], counts: list[int], repeats: int, folder: Path) -> l
             with torch.inference_mode():
                 for _ in range(5):
                     for name, model in models.items():
-                        times[name].append(median(lambda model=model, seen=observation: act(model, seen), repeats))
+                        times[name].append(median(partial(act, model, observation), repeats))
                 for name, model in models.items():
                     error = 0.0 if name == "base" else float((act(model, observation) - truth).abs().max())
                     ms = 1e3 * statistics.median(times[name])

@@ -89,7 +89,8 @@ def fold(net: nn.Module, skill: Skill) -> None:
     for name, layer in _plain_modules(net).items():
         if name in skill:
             delta = skill.delta(name)
-            layer.weight += (delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta).to(layer.weight)
+            weight = _weight(layer)
+            weight += (delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta).to(weight)
 
 
 def read(net: nn.Module) -> Skill:

@@ -21,8 +21,10 @@ Batches = Callable[[int], Iterator[Batch]]
 class Model(Protocol):
     """An `nn.Module` that skills attach to, gates look into and tasks evaluate."""
 
-    net: nn.Module
-    """What skills attach to."""
+    @property
+    def net(self) -> nn.Module:
+        """What skills attach to; a plain attribute will do."""
+        ...
 
     def forward(self, batch: Batch) -> Tensor:
         """Training loss, a scalar () (DDP and accelerate wrap `forward`, so the loss lives here)."""

@@ -127,7 +127,8 @@ class DiffusionPolicy(nn.Module):
         horizon: H, actions predicted at once.
         steps: T, denoise steps.
         schedule: `vp`, `cosine` or `linear`.
-        temperature: scale of all noise in the sampler, the start included; 0 gives a deterministic policy.
+        temperature: scale of the noise that the sampler adds between steps, as in the official code. It starts from N(0, I), but at temperature
+            0 from the mean, 0, so that the policy is deterministic.
         net: further arguments of `Denoiser`.
 
     """
@@ -190,7 +191,8 @@ class DiffusionPolicy(nn.Module):
 
     def denoise(self, predict_noise: Callable[[Tensor, Tensor], Tensor], rows: int, like: Tensor, temperature: float) -> Tensor:
         """Run the sampler with any noise predictor `(x (B, H * A), t (B,)) -> noise`."""
-        x = like.new_empty(rows, self.horizon * self.action_dim).normal_() * temperature
+        start = like.new_empty(rows, self.horizon * self.action_dim)
+        x = start.normal_() if temperature else start.zero_()
         for step in reversed(range(self.steps)):
             t = torch.full((rows,), step, device=like.device)
             beta, kept = self.beta[step], self.kept[step]
