@@ -101,7 +101,7 @@ def fit(
         device: where to train; `auto` takes a GPU if there is one.
         seed: of everything random in the steps.
         folder: where `metrics.jsonl` and the checkpoint go; a run found there is resumed. None keeps nothing.
-        checkpoint_every: steps between checkpoints; one is also written when the run is interrupted from the keyboard.
+        checkpoint_every: steps between checkpoints; a run that is stopped in between goes on from the last one.
         log_every: steps per row of the metrics.
         validate: computes a validation loss of the model as it is (called with the EMA in place).
         validate_every: steps between its calls; it is also called at the end.
@@ -119,7 +119,6 @@ def fit(
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
     settings |= {"warmup": warmup, "ema": ema, "clip": clip, "accumulate": accumulate, "precision": precision, "seed": seed}
     accelerator = _accelerator(device, precision, accumulate, tracker)
-    started = time.perf_counter()
     with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run):
         optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=weight_decay, fused=True)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -145,13 +144,10 @@ def fit(
                     bar.set_postfix({key: f"{row[key]:.4f}" for key in ("loss", "validation") if key in row})
                 if state.step % checkpoint_every == 0 or state.step == steps:
                     state.save(accelerator)
-        except KeyboardInterrupt:
-            state.save(accelerator)
-            raise
         finally:
             bar.close()
         state.finish()
-    return Fit(state.rows, steps, time.perf_counter() - started)
+    return Fit(state.rows, steps, state.seconds)
 
 
 @torch.no_grad()
@@ -187,12 +183,16 @@ class _State:
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict[str, Any], folder: Path | None
     ) -> None:
         self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
-        self.step = 0
+        self.step, self.started = 0, time.perf_counter()
         self.rows: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
         self.shadow = [p.detach().clone() for p in trained.values()] if ema is not None else []
         for p in trained.values():
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
 
     def advance(self) -> None:
         if self.ema is not None:
@@ -212,7 +212,7 @@ class _State:
         if self.folder is None or not accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        notes = {"step": str(self.step), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
+        notes = {"step": str(self.step), "seconds": str(self.seconds), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
         save_tensors(self.folder / CHECKPOINT, self.tensors(), notes)
 
     def resume(self) -> None:
@@ -230,6 +230,7 @@ class _State:
                     live.copy_(stored[name])
         self.losses = list(stored["losses"])
         self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
+        self.started -= float(notes["seconds"])
         (self.folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def log(self, row: dict[str, float], accelerator: Accelerator) -> None:

@@ -68,23 +68,11 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, step):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == whole.rows
 
 
-def test_an_interrupted_run_keeps_its_last_step(tmp_path):
-    def interrupted(start):
-        for i, batch in enumerate(batches(start), start):
-            if i == 7:
-                raise KeyboardInterrupt
-            yield batch
-
-    with pytest.raises(KeyboardInterrupt):
-        run(data=interrupted, folder=tmp_path)
-    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "7"
-    assert run(folder=tmp_path)[1].rows == run()[1].rows
-
-
 def test_a_finished_run_is_not_run_again(tmp_path):
     policy, whole = run(folder=tmp_path)
     again, result = run(data=killed_at(0), folder=tmp_path)
     assert result.rows == whole.rows
+    assert result.seconds >= whole.seconds * 0.5
     assert read(again.net).fingerprint == read(policy.net).fingerprint
 
 
