@@ -1,5 +1,7 @@
 """Skills of the bank -> merge or gate -> composition. `python compose.py task=walker/run skills=[walker/walk,walker/run] gate=mlp`."""
 
+import sys
+from pathlib import Path
 from typing import cast
 
 import hydra
@@ -8,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import skillbank as sb
-from skillbank.cli import user_errors
+from skillbank.cli import check_choices, user_errors
 from skillbank.fit import run_folder
 from skillbank.load import build, skills_on_base
 from skillbank.model import ModelModule
@@ -78,4 +80,5 @@ def compose(cfg: DictConfig) -> str:
 
 
 if __name__ == "__main__":
+    check_choices(Path(__file__).parent / "conf", sys.argv[1:])
     main()

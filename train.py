@@ -1,12 +1,15 @@
 """Demonstrations -> base or skill -> bank. `python train.py task=walker/walk base=walker/stand`."""
 
+import sys
+from pathlib import Path
+
 import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import skillbank as sb
-from skillbank.cli import user_errors
+from skillbank.cli import check_choices, user_errors
 from skillbank.fit import run_folder
 from skillbank.load import skills_on_base
 
@@ -68,4 +71,5 @@ def train(cfg: DictConfig) -> str:
 
 
 if __name__ == "__main__":
+    check_choices(Path(__file__).parent / "conf", sys.argv[1:])
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
@@ -12,11 +12,12 @@ import typer
 
 from skillbank.bank import Bank, Card, Ref, UnknownRef
 from skillbank.bank.card import KINDS, flat, weighted
+from skillbank.bank.refs import did_you_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["app", "main", "user_errors"]
+__all__ = ["app", "check_choices", "main", "user_errors"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +58,24 @@ def _message(error: Exception) -> str | None:
     if origin == "omegaconf":
         return str(error).partition("\n")[0]
     return str(error) if isinstance(error, _USER_ERRORS) else None
+
+
+@user_errors
+def check_choices(conf: Path, overrides: Sequence[str]) -> None:
+    """Refuse a choice that a nested configuration group does not have; Hydra lists the choices of flat groups only.
+
+    Raises:
+        SystemExit: with exit code 1, after one line that names the choices.
+
+    """
+    for override in overrides:
+        group, _, values = override.partition("=")
+        if not (conf / group).is_dir() or "/" not in values:
+            continue
+        known = sorted(path.relative_to(conf / group).with_suffix("").as_posix() for path in (conf / group).rglob("*.yaml"))
+        for value in values.split(","):
+            if value not in known:
+                raise ValueError(f"no {group} {value!r}: {did_you_mean(value, known)} There is {', '.join(known)}")
 
 
 @user_errors
