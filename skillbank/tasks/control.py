@@ -84,9 +84,9 @@ class ControlTask:
         """What is trained on."""
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
-        self._examples = _Examples(self.demonstrations, horizon, balance=balance)
+        order = None if mirror is None else _permutations(f"task {name!r}", mirror, self.demonstrations)
+        self._examples = _Examples(self.demonstrations, horizon, balance=balance, mirror=order)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
-        self._mirror = None if mirror is None else _permutations(name, mirror, self.observation_dim, self.action_dim)
         self.rehearsal = None if rehearsal is None else Rehearsal(**rehearsal, horizon=horizon)
 
     def __repr__(self) -> str:
@@ -140,10 +140,6 @@ class ControlTask:
         return stream
 
     def _augmented(self, batch: dict[str, Tensor], generator: np.random.Generator) -> Batch:
-        if self._mirror is not None:
-            flip = torch.from_numpy(generator.random(len(batch["observation"])) < 0.5)
-            for key, order in self._mirror.items():
-                batch[key] = torch.where(flip.view(-1, *[1] * (batch[key].dim() - 1)), batch[key][..., order], batch[key])
         if self._noise.any():
             rows, features = batch["observation"].shape
             level = torch.from_numpy(generator.random((rows, 1), np.float32))
@@ -227,6 +223,7 @@ class Rehearsal:
         feature: position of an observation feature that chooses steps, or None for all steps.
         below: keep the steps where that feature is below this.
         balance: as for the demonstrations.
+        mirror: as for the demonstrations.
         horizon: H.
 
     Raises:
@@ -243,6 +240,7 @@ class Rehearsal:
         feature: int | None = None,
         below: float | None = None,
         balance: float = 0.0,
+        mirror: Mapping[str, Sequence[int]] | None = None,
         horizon: int = 1,
     ) -> None:
         if not 0 < share < 1:
@@ -256,14 +254,16 @@ class Rehearsal:
             rows = np.flatnonzero(self.demonstrations.observations[:, feature] < below)
             if not len(rows):
                 raise ValueError(f"rehearsal: no step of {demonstrations} has observation feature {feature} below {below}")
-        self.examples = _Examples(self.demonstrations, horizon, rows, balance)
+        self.examples = _Examples(
+            self.demonstrations, horizon, rows, balance, None if mirror is None else _permutations("rehearsal", mirror, self.demonstrations)
+        )
 
 
-def _permutations(task: str, mirror: Mapping[str, Sequence[int]], observation_dim: int, action_dim: int) -> dict[str, Tensor]:
-    sizes = {"observation": observation_dim, "action": action_dim}
+def _permutations(whose: str, mirror: Mapping[str, Sequence[int]], demonstrations: Demonstrations) -> dict[str, Tensor]:
+    sizes = {"observation": demonstrations.observations.shape[1], "action": demonstrations.actions.shape[1]}
     for key, size in sizes.items():
         if sorted(mirror.get(key, ())) != list(range(size)):
-            raise ValueError(f"task {task!r}: mirror.{key} must be a permutation of 0..{size - 1}, got {list(mirror.get(key, ()))}")
+            raise ValueError(f"{whose}: mirror.{key} must be a permutation of 0..{size - 1}, got {list(mirror.get(key, ()))}")
     return {key: torch.tensor(list(mirror[key])) for key in sizes}
 
 
@@ -280,7 +280,15 @@ def _rarity(observations: Tensor, power: float, neighbour: int = 5) -> NDArray[n
 class _Examples:
     """Steps of demonstrations as tensors, with the rows of the actions that follow each; all steps, or those in `rows`."""
 
-    def __init__(self, demonstrations: Demonstrations, horizon: int, rows: NDArray[np.int64] | None = None, balance: float = 0.0) -> None:
+    def __init__(
+        self,
+        demonstrations: Demonstrations,
+        horizon: int,
+        rows: NDArray[np.int64] | None = None,
+        balance: float = 0.0,
+        mirror: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.mirror = mirror
         self.observations = torch.from_numpy(demonstrations.observations)
         self.actions = torch.from_numpy(demonstrations.actions)
         last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
@@ -293,10 +301,15 @@ class _Examples:
         return len(self.rows)
 
     def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
-        """Draw with replacement, uniformly or by rarity."""
-        if self.cumulative is None:
-            return self.batch(torch.from_numpy(generator.integers(0, len(self), count)))
-        return self.batch(torch.from_numpy(np.searchsorted(self.cumulative, generator.random(count), side="right")))
+        """Draw with replacement, uniformly or by rarity, half of them in the mirror if there is one."""
+        uniform = self.cumulative is None
+        which = generator.integers(0, len(self), count) if uniform else np.searchsorted(self.cumulative, generator.random(count), side="right")
+        batch = self.batch(torch.from_numpy(which))
+        if self.mirror is not None:
+            flip = torch.from_numpy(generator.random(count) < 0.5)
+            for key, order in self.mirror.items():
+                batch[key] = torch.where(flip.view(-1, *[1] * (batch[key].dim() - 1)), batch[key][..., order], batch[key])
+        return batch
 
     def batch(self, which: Tensor) -> dict[str, Tensor]:
         rows = self.rows.index_select(0, which)
