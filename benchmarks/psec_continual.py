@@ -192,9 +192,15 @@ class Study:
             made.append(self.train(task, recipe, f"start=[{','.join(made)}]"))
         return made
 
-    def ours(self, scenario: str) -> Model:
-        """This library's recipe."""
-        return self.load(self.compose(scenario, "ours", self.own_skills(scenario), "gate=mlp"), temperature=0.5)
+    def ours(self, scenario: str) -> ModelModule:
+        """This library's recipe: the newest skill, which stands on the older ones, at weight 1."""
+        skills = self.own_skills(scenario)
+        weights = [0.0] * (len(skills) - 1) + [1.0]
+        return self.load(self.compose(scenario, "ours", skills, "merge=stack", f"weights={weights}"), temperature=0.5)
+
+    def ours_gate(self, scenario: str) -> ModelModule:
+        """The same skills under a gate that starts there and is trained on the same examples."""
+        return self.load(self.compose(scenario, "ours-gate", self.own_skills(scenario), "gate=mlp"), temperature=0.5)
 
     def paper_skills(self, scenario: str) -> list[str]:
         """Skills of the paper's recipe, each trained from the base."""
@@ -211,6 +217,7 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "nsec": partial(Study.level, kind=NoiseLevel),
     "psec": Study.psec,
     "ours": Study.ours,
+    "ours-gate": Study.ours_gate,
 }
 
 
