@@ -165,12 +165,24 @@ def test_rehearsal_takes_its_share_and_only_the_steps_it_names(make, path):
     assert set(rows[300:].tolist()) == set(range(13))
 
 
+def test_only_what_is_rehearsed_is_seen_in_its_mirror(tmp_path, path, make):
+    data = arrays()
+    data["observations"][:, 0] = -1
+    np.savez(tmp_path / "old.npz", **data)
+    order = {"observation": [1, 0, *range(2, 24)], "action": list(range(6))}
+    task = make(rehearsal={"demonstrations": str(tmp_path / "old.npz"), "share": 0.5, "mirror": order})
+    batch = next(task.batches(batch_size=2000, seed=0)(0))
+    assert (batch["observation"][:1000, 1] != -1).all()
+    assert 0.45 < (batch["observation"][1000:, 1] == -1).float().mean() < 0.55
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"observation_noise": -1.0}, "observation_noise=-1.0"),
         ({"mirror": {"observation": [0], "action": list(range(6))}}, r"mirror.observation must be a permutation of 0..23, got \[0\]"),
         ({"mirror": {"observation": list(range(24))}}, r"mirror.action must be a permutation of 0..5, got \[\]"),
+        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "mirror": {}}}, r"rehearsal: mirror.observation must be a permutation"),
         ({"rehearsal": {"demonstrations": "PATH", "share": 1.0}}, r"share is the part of a batch, in \(0, 1\), got 1.0"),
         ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14}}, "feature and below together, got feature=14 and below=None"),
         (
