@@ -95,6 +95,21 @@ def test_bad_input():
         merge([one], method="svd", ranc=3)
 
 
+def test_a_method_is_registered_once():
+    from skillbank.merge import method
+
+    @method("first")
+    def first(skills, weights):
+        return skills[0]
+
+    try:
+        assert merge([make(0, (1, 1, 1))], [1.0], method="first").certificate.method == "first"
+        with pytest.raises(ValueError, match="there is a merge method 'first' already"):
+            method("first")(first)
+    finally:
+        del METHODS["first"]
+
+
 def test_every_method_is_documented():
     assert all(function.__doc__ for function in METHODS.values())
     assert isinstance(merge([make(0, (1, 1, 1))]), Skill)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge import sums
+from skillbank.merge.registry import METHODS, Method, find, method
 from skillbank.skill import Skill, core, cosine, modules_of
 
-__all__ = ["METHODS", "Certificate", "Method", "certify", "merge"]
+__all__ = ["METHODS", "Certificate", "Method", "certify", "merge", "method"]
 
-Method = Callable[..., Skill]
-"""`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored."""
-
-METHODS: dict[str, Method] = {"stack": sums.stacked, "svd": sums.svd}
-"""Merge methods by name."""
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
 
 
 def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = None, method: str | Method = "stack", **options: Any) -> Skill:
@@ -44,7 +42,7 @@ def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
         raise ValueError(f"got weights of shape {tuple(values.shape)} for {len(skills)} skills: give one weight per skill")
     if not torch.isfinite(values).all():
         raise ValueError(f"weights must be finite, got {values.tolist()}")
-    function = _method(method) if isinstance(method, str) else method
+    function = find(method) if isinstance(method, str) else method
     merged = function(skills, values, **options)
     return replace(merged, certificate=certify(skills, values, merged, method if isinstance(method, str) else method.__name__))
 
@@ -76,11 +74,3 @@ def _share(lost: float, whole: float, rounding: float) -> float:
     if whole > rounding:
         return lost / whole
     return 0.0 if lost <= rounding else math.inf
-
-
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        close = get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {sorted(METHODS)}, or pass a function"
-        raise ValueError(f"unknown merge method {name!r}: {hint}")
-    return METHODS[name]

@@ -302,8 +302,10 @@ class _Examples:
 
     def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
         """Draw with replacement, uniformly or by rarity, half of them in the mirror if there is one."""
-        uniform = self.cumulative is None
-        which = generator.integers(0, len(self), count) if uniform else np.searchsorted(self.cumulative, generator.random(count), side="right")
+        if self.cumulative is None:
+            which = generator.integers(0, len(self), count)
+        else:
+            which = np.searchsorted(self.cumulative, generator.random(count), side="right")
         batch = self.batch(torch.from_numpy(which))
         if self.mirror is not None:
             flip = torch.from_numpy(generator.random(count) < 0.5)
