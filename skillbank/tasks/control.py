@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skillbank.model import Batch, Batches, Model
-from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
+from skillbank.tasks.demonstrations import load_demonstrations
+from skillbank.tasks.examples import Examples, Rehearsal
 
 if TYPE_CHECKING:
     from skillbank.tasks.rollouts import Rollout
 
-__all__ = ["ControlTask", "Rehearsal", "summary"]
+__all__ = ["ControlTask", "summary"]
 
 EPISODES_PER_SEED = 1000
 
@@ -46,7 +47,7 @@ class ControlTask:
             all steps alike.
         mirror: a symmetry of the environment as two permutations, `{"observation": [...], "action": [...]}`; half of the examples of a training
             batch, at random, are seen in the mirror.
-        rehearsal: examples of an old task that are trained on as well, see `Rehearsal`; None trains on the demonstrations alone.
+        rehearsal: examples of old tasks that are trained on as well, one mapping of `Rehearsal` arguments each.
 
     Raises:
         FileNotFoundError: there are no such demonstrations.
@@ -70,7 +71,7 @@ class ControlTask:
         observation_noise: float = 0.0,
         balance: float = 0.0,
         mirror: Mapping[str, Sequence[int]] | None = None,
-        rehearsal: Mapping[str, Any] | None = None,
+        rehearsal: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or balance < 0 or (episodes is not None and episodes < 1):
             given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {balance=}, {episodes=}"
@@ -84,10 +85,9 @@ class ControlTask:
         """What is trained on."""
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
-        order = None if mirror is None else _permutations(f"task {name!r}", mirror, self.demonstrations)
-        self._examples = _Examples(self.demonstrations, horizon, balance=balance, mirror=order)
+        self._examples = Examples(self.demonstrations, horizon, balance=balance, mirror=mirror)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
-        self.rehearsal = None if rehearsal is None else Rehearsal(**rehearsal, horizon=horizon)
+        self.rehearsal = [Rehearsal(self._examples, **each) for each in rehearsal]
 
     def __repr__(self) -> str:
         """One line: name, environment, demonstrations."""
@@ -111,7 +111,7 @@ class ControlTask:
     @property
     def data(self) -> dict[str, str]:
         """SHA-256 of everything that is trained on, by source: the demonstrations and what is rehearsed."""
-        rehearsed = {} if self.rehearsal is None else {f"rehearsal: {self.rehearsal.demonstrations.source}": self.rehearsal.demonstrations.hash}
+        rehearsed = {f"rehearsal: {each.demonstrations.source}": each.demonstrations.hash for each in self.rehearsal}
         return {self.demonstrations.source: self.demonstrations.hash, **rehearsed}
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
@@ -126,15 +126,14 @@ class ControlTask:
         if batch_size < 1 or seed < 0:
             raise ValueError(f"task {self.name!r}: batches need a batch size of at least 1 and a seed of at least 0, got {batch_size=}, {seed=}")
 
-        rehearsed = 0 if self.rehearsal is None else round(self.rehearsal.share * batch_size)
+        counts = [round(each.share * batch_size) for each in self.rehearsal]
 
         def stream(start: int) -> Iterator[Batch]:
             for step in count(start):
                 generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
-                batch = self._examples.draw(batch_size - rehearsed, generator)
-                if self.rehearsal is not None:
-                    old = self.rehearsal.examples.draw(rehearsed, generator)
-                    batch = {key: torch.cat([value, old[key]]) for key, value in batch.items()}
+                parts = [self._examples.draw(batch_size - sum(counts), generator)]
+                parts += [each.examples.draw(number, generator) for each, number in zip(self.rehearsal, counts, strict=True)]
+                batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
                 yield self._augmented(batch, generator)
 
         return stream
@@ -157,7 +156,7 @@ class ControlTask:
         """
         if self.held_out is None:
             raise ValueError(f"task {self.name!r} has no held-out demonstrations: set held_out to the number of episodes that validate")
-        examples = _Examples(self.held_out, self.horizon)
+        examples = Examples(self.held_out, self.horizon)
         return (examples.batch(rows) for rows in torch.split(torch.arange(len(examples)), batch_size))
 
     def rollout(self, model: Model, *, seed: int = 0, episodes: int | None = None, record: int | None = None, frame_every: int = 10) -> Rollout:
@@ -211,110 +210,3 @@ def summary(returns: NDArray[np.float64]) -> dict[str, float]:
         "return_max": float(ordered[-1]),
         "episodes": float(len(ordered)),
     }
-
-
-class Rehearsal:
-    """Examples of an old task that a new skill is trained on as well, so that it keeps what it would otherwise unlearn.
-
-    Args:
-        demonstrations: of the old task, see `load_demonstrations`.
-        share: part of every batch, in (0, 1).
-        episodes: the first this many; None for all.
-        feature: position of an observation feature that chooses steps, or None for all steps.
-        below: keep the steps where that feature is below this.
-        balance: as for the demonstrations.
-        mirror: as for the demonstrations.
-        horizon: H.
-
-    Raises:
-        ValueError: a share out of range, only one of feature and below, or no step that is left.
-
-    """
-
-    def __init__(
-        self,
-        demonstrations: str,
-        *,
-        share: float,
-        episodes: int | None = None,
-        feature: int | None = None,
-        below: float | None = None,
-        balance: float = 0.0,
-        mirror: Mapping[str, Sequence[int]] | None = None,
-        horizon: int = 1,
-    ) -> None:
-        if not 0 < share < 1:
-            raise ValueError(f"rehearsal: share is the part of a batch, in (0, 1), got {share}")
-        if (feature is None) != (below is None):
-            raise ValueError(f"rehearsal: give feature and below together, got {feature=} and {below=}")
-        self.share = share
-        self.demonstrations = load_demonstrations(demonstrations, episodes=episodes)
-        rows = np.arange(len(self.demonstrations.rewards))
-        if feature is not None and below is not None:
-            rows = np.flatnonzero(self.demonstrations.observations[:, feature] < below)
-            if not len(rows):
-                raise ValueError(f"rehearsal: no step of {demonstrations} has observation feature {feature} below {below}")
-        self.examples = _Examples(
-            self.demonstrations, horizon, rows, balance, None if mirror is None else _permutations("rehearsal", mirror, self.demonstrations)
-        )
-
-
-def _permutations(whose: str, mirror: Mapping[str, Sequence[int]], demonstrations: Demonstrations) -> dict[str, Tensor]:
-    sizes = {"observation": demonstrations.observations.shape[1], "action": demonstrations.actions.shape[1]}
-    for key, size in sizes.items():
-        if sorted(mirror.get(key, ())) != list(range(size)):
-            raise ValueError(f"{whose}: mirror.{key} must be a permutation of 0..{size - 1}, got {list(mirror.get(key, ()))}")
-    return {key: torch.tensor(list(mirror[key])) for key in sizes}
-
-
-def _rarity(observations: Tensor, power: float, neighbour: int = 5) -> NDArray[np.float64]:
-    """Cumulative probabilities of the rows, each proportional to the distance to its 5th neighbour, in [0.1, 1] deviations, to a power."""
-    scaled = observations / observations.std(0).clamp_min(1e-6)
-    nearest = [torch.cdist(part, scaled).topk(min(neighbour + 1, len(scaled)), largest=False).values[:, -1] for part in scaled.split(1000)]
-    weights = torch.cat(nearest).clamp(0.1, 1.0).double() ** power
-    cumulative: NDArray[np.float64] = (weights.cumsum(0) / weights.sum()).numpy()
-    cumulative[-1] = 1.0
-    return cumulative
-
-
-class _Examples:
-    """Steps of demonstrations as tensors, with the rows of the actions that follow each; all steps, or those in `rows`."""
-
-    def __init__(
-        self,
-        demonstrations: Demonstrations,
-        horizon: int,
-        rows: NDArray[np.int64] | None = None,
-        balance: float = 0.0,
-        mirror: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.mirror = mirror
-        self.observations = torch.from_numpy(demonstrations.observations)
-        self.actions = torch.from_numpy(demonstrations.actions)
-        last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
-        self.rows = torch.from_numpy(np.arange(len(last)) if rows is None else rows)
-        self.cumulative = _rarity(self.observations[self.rows], balance) if balance else None
-        chunks = np.arange(len(last))[:, None] + np.arange(horizon)
-        self.chunks = torch.from_numpy(np.minimum(chunks, last[:, None]).astype(np.int32))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
-        """Draw with replacement, uniformly or by rarity, half of them in the mirror if there is one."""
-        if self.cumulative is None:
-            which = generator.integers(0, len(self), count)
-        else:
-            which = np.searchsorted(self.cumulative, generator.random(count), side="right")
-        batch = self.batch(torch.from_numpy(which))
-        if self.mirror is not None:
-            flip = torch.from_numpy(generator.random(count) < 0.5)
-            for key, order in self.mirror.items():
-                batch[key] = torch.where(flip.view(-1, *[1] * (batch[key].dim() - 1)), batch[key][..., order], batch[key])
-        return batch
-
-    def batch(self, which: Tensor) -> dict[str, Tensor]:
-        rows = self.rows.index_select(0, which)
-        chunks = self.chunks.index_select(0, rows)
-        actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, self.actions.shape[-1])
-        return {"observation": self.observations.index_select(0, rows), "action": actions}
