@@ -175,7 +175,7 @@ def test_rehearsed_states_take_the_actions_of_the_nearest_new_state(tmp_path, ma
     nearest = old.round().clamp(max=sum(LENGTHS) - 1).long()
     assert set(old.tolist()) == {2 * i + 0.25 for i in range(2, 9)}
     torch.testing.assert_close(actions[:, 0], torch.from_numpy(task.demonstrations.actions)[nearest, 0])
-    following = torch.tensor([min(i + 1, int(task.demonstrations.starts[task.demonstrations.starts > i][0]) - 1) for i in nearest])
+    following = torch.tensor([min(i + 1, int(task.demonstrations.starts[task.demonstrations.starts > i][0]) - 1) for i in nearest.tolist()])
     torch.testing.assert_close(actions[:, 1], torch.from_numpy(task.demonstrations.actions)[following, 0])
 
 
