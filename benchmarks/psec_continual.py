@@ -166,7 +166,7 @@ class Study:
 
     def psec(self, scenario: str) -> Model:
         """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
-        plain = ("task.observation_noise=0.0", "task.rehearsal=[]")
+        plain = ("task.observation_noise=0.0", "task.balance=0.0")
         gate = ("gate=official", "fit.steps=1001", "batch_size=512", *plain)
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 

@@ -145,7 +145,7 @@ def home(tmp_path_factory, command):
 
 
 def common(name):
-    return [f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "++task.rehearsal=[]", "bank=bank", "episodes=0", *QUICK]
+    return [f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "bank=bank", "episodes=0", *QUICK]
 
 
 def test_train(home):

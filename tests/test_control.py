@@ -157,60 +157,15 @@ def test_balance_draws_rare_steps_more_often(tmp_path):
     assert list(shares.values()) == pytest.approx(expected, abs=0.02)
 
 
-def test_rehearsal_takes_its_share_and_only_the_steps_it_names(make, path):
-    task = make(episodes=1, rehearsal=[{"demonstrations": path, "share": 0.25, "feature": 14, "high": 13.0, "episodes": 4}])
-    batch = next(task.batches(batch_size=400, seed=0)(0))
-    rows = rows_of(batch)
-    assert (rows[:300] < 4).all()
-    assert set(rows[300:].tolist()) == set(range(13))
-
-
-def test_rehearsed_states_take_the_actions_of_the_nearest_new_state(tmp_path, make):
-    data = arrays(lengths=(9,))
-    data["observations"] = data["observations"] * 2 + 0.25
-    np.savez(tmp_path / "old.npz", **data)
-    task = make(horizon=2, rehearsal=[{"demonstrations": str(tmp_path / "old.npz"), "share": 0.5, "label": "nearest", "feature": 0, "low": 4.0}])
-    batch = next(task.batches(batch_size=400, seed=0)(0))
-    old, actions = batch["observation"][200:, 0], batch["action"][200:, :, 0]
-    nearest = old.round().clamp(max=sum(LENGTHS) - 1).long()
-    assert set(old.tolist()) == {2 * i + 0.25 for i in range(2, 9)}
-    torch.testing.assert_close(actions[:, 0], torch.from_numpy(task.demonstrations.actions)[nearest, 0])
-    following = torch.tensor([min(i + 1, int(task.demonstrations.starts[task.demonstrations.starts > i][0]) - 1) for i in nearest.tolist()])
-    torch.testing.assert_close(actions[:, 1], torch.from_numpy(task.demonstrations.actions)[following, 0])
-
-
-def test_only_what_is_rehearsed_is_seen_in_its_mirror(tmp_path, path, make):
-    data = arrays()
-    data["observations"][:, 0] = -1
-    np.savez(tmp_path / "old.npz", **data)
-    order = {"observation": [1, 0, *range(2, 24)], "action": list(range(6))}
-    task = make(rehearsal=[{"demonstrations": str(tmp_path / "old.npz"), "share": 0.5, "mirror": order}])
-    batch = next(task.batches(batch_size=2000, seed=0)(0))
-    assert (batch["observation"][:1000, 1] != -1).all()
-    assert 0.45 < (batch["observation"][1000:, 1] == -1).float().mean() < 0.55
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"observation_noise": -1.0}, "observation_noise=-1.0"),
         ({"mirror": {"observation": [0], "action": list(range(6))}}, r"mirror.observation must be a permutation of 0..23, got \[0\]"),
         ({"mirror": {"observation": list(range(24))}}, r"mirror.action must be a permutation of 0..5, got \[\]"),
-        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "mirror": {}}}, r"a.npz: mirror.observation must be a permutation"),
-        ({"rehearsal": {"demonstrations": "PATH", "share": 1.0}}, r"share is the part of a batch, in \(0, 1\), got 1.0"),
-        (
-            {"rehearsal": {"demonstrations": "PATH", "share": 0.5, "high": 1.0}},
-            "low and high bound a feature, give its position, got low=-inf, high=1.0",
-        ),
-        ({"rehearsal": {"demonstrations": "PATH", "share": 0.5, "label": "far"}}, "label is own or nearest, got 'far'"),
-        (
-            {"rehearsal": {"demonstrations": "PATH", "share": 0.5, "feature": 14, "high": -1.0}},
-            "no step of .* has observation feature 14 in",
-        ),
     ],
 )
 def test_bad_augmentation(make, path, options, message):
-    options = {key: [{**value, "demonstrations": path}] if key == "rehearsal" else value for key, value in options.items()}
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -240,8 +195,6 @@ def test_summary():
 def test_data_names_every_source_with_its_hash(make, path):
     task = make(episodes=3, held_out=1)
     assert task.data == {path: task.demonstrations.hash}
-    both = make(episodes=3, rehearsal=[{"demonstrations": path, "share": 0.5}])
-    assert both.data == {path: task.demonstrations.hash, f"rehearsal: {path}": both.rehearsal[0].demonstrations.hash}
     assert task.dimensions == {"observation_dim": 24, "action_dim": 6}
     assert "walker/walk" in repr(task)
 

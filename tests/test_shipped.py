@@ -73,7 +73,7 @@ def test_cards_say_where_everything_comes_from(name):
     card = BANK.card(name)
     assert card.conf["seed"] is not None
     assert card.data
-    assert all(source.removeprefix("rehearsal: ").startswith("demos/walker/") for source in card.data)
+    assert all(source.startswith("demos/walker/") for source in card.data)
     assert card.metrics["return"] > 100
     assert card.tools["torch"]
     if card.kind != "base":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skillbank.model import Batch, Batches, Model
 from skillbank.tasks.demonstrations import load_demonstrations
-from skillbank.tasks.examples import Examples, Rehearsal
+from skillbank.tasks.examples import Examples
 
 if TYPE_CHECKING:
     from skillbank.tasks.rollouts import Rollout
@@ -47,7 +47,6 @@ class ControlTask:
             all steps alike.
         mirror: a symmetry of the environment as two permutations, `{"observation": [...], "action": [...]}`; half of the examples of a training
             batch, at random, are seen in the mirror.
-        rehearsal: examples of old tasks that are trained on as well, one mapping of `Rehearsal` arguments each.
 
     Raises:
         FileNotFoundError: there are no such demonstrations.
@@ -71,7 +70,6 @@ class ControlTask:
         observation_noise: float = 0.0,
         balance: float = 0.0,
         mirror: Mapping[str, Sequence[int]] | None = None,
-        rehearsal: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or balance < 0 or (episodes is not None and episodes < 1):
             given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {balance=}, {episodes=}"
@@ -87,7 +85,6 @@ class ControlTask:
         """What validates."""
         self._examples = Examples(self.demonstrations, horizon, balance=balance, mirror=mirror)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
-        self.rehearsal = [Rehearsal(self._examples, **each) for each in rehearsal]
 
     def __repr__(self) -> str:
         """One line: name, environment, demonstrations."""
@@ -110,9 +107,8 @@ class ControlTask:
 
     @property
     def data(self) -> dict[str, str]:
-        """SHA-256 of everything that is trained on, by source: the demonstrations and what is rehearsed."""
-        rehearsed = {f"rehearsal: {each.demonstrations.source}": each.demonstrations.hash for each in self.rehearsal}
-        return {self.demonstrations.source: self.demonstrations.hash, **rehearsed}
+        """SHA-256 of everything that is trained on, by source."""
+        return {self.demonstrations.source: self.demonstrations.hash}
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """Endless training batches on the CPU: observation (B, D), action (B, H, A), uniform with replacement.
@@ -126,14 +122,10 @@ class ControlTask:
         if batch_size < 1 or seed < 0:
             raise ValueError(f"task {self.name!r}: batches need a batch size of at least 1 and a seed of at least 0, got {batch_size=}, {seed=}")
 
-        counts = [round(each.share * batch_size) for each in self.rehearsal]
-
         def stream(start: int) -> Iterator[Batch]:
             for step in count(start):
                 generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
-                parts = [self._examples.draw(batch_size - sum(counts), generator)]
-                parts += [each.examples.draw(number, generator) for each, number in zip(self.rehearsal, counts, strict=True)]
-                batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                batch = self._examples.draw(batch_size, generator)
                 yield self._augmented(batch, generator)
 
         return stream
