@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -316,6 +317,7 @@ def main() -> None:
     os.chdir(ROOT)
     results = read_results()
     if options.quick:
+        shutil.rmtree("runs/psec_continual/quick", ignore_errors=True)
         quick = ("fit.steps=3", "batch_size=8")
         results = [compute("S+W->R", "sto3", row, 0, quick, episodes=1) for row in options.rows]
     elif not options.from_results:
