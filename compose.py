@@ -1,6 +1,7 @@
 """Skills of the bank -> merge or gate -> composition. `python compose.py task=walker/run skills=[walker/walk,walker/run] gate=mlp`."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -40,7 +41,7 @@ def compose(cfg: DictConfig) -> str:
     task, bank = instantiate(cfg.task, _convert_="all"), sb.Bank(cfg.bank)
     base, model, skills, refs = skills_on_base(bank, cfg.skills)
     name = cfg.name or composition_name(cfg.task.name, base, refs)
-    recipe = {key: conf.get(key) for key in ("task", "gate", "merge", "weights", "regulariser", "fit", "seed", "batch_size")}
+    recipe = {key: conf.get(key) for key in ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "seed", "batch_size")}
     folder = run_folder("compose", name, [recipe, [bank.card(ref).hash for ref in (base, *refs)], task.data])
     torch.manual_seed(cfg.seed)
     if merge is not None:
@@ -53,11 +54,13 @@ def compose(cfg: DictConfig) -> str:
     else:
         assert gate is not None
         gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
-        network = build(gate)
+        network, batches = build(gate), task.batches(batch_size=cfg.batch_size, seed=cfg.seed)
+        if cfg.standardise and isinstance(network, sb.MLPGate):
+            network.standardise(torch.cat([model.context(batch) for batch in islice(batches(0), 40)]))
         model = cast("ModelModule", sb.Composed(model, network, skills, regulariser=cfg.regulariser))
         result = sb.fit(
             model,
-            task.batches(batch_size=cfg.batch_size, seed=cfg.seed),
+            batches,
             network.parameters(),
             seed=cfg.seed,
             folder=folder,
@@ -71,7 +74,7 @@ def compose(cfg: DictConfig) -> str:
     rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
     rows = [{"row": row} | task.evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
     metrics |= task.evaluate(model, episodes=cfg.episodes) if cfg.episodes else {}
-    card = {"conf": conf, "data": task.data, "metrics": metrics}
+    card = {"conf": conf, "data": {} if gate is None else task.data, "metrics": metrics}
     ref = str(bank.put(composition, name, card=card))
     print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
     if rows and cfg.report:

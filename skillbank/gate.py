@@ -37,10 +37,15 @@ class MLPGate(nn.Module):
 
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, context_dim: int, skills: int, *, hidden: Sequence[int] = (256, 256), init: Init = "newest", scale: float = 16.0) -> None:
         super().__init__()
         if init not in ("newest", "uniform", "zero", "official"):
             raise ValueError(f"unknown init {init!r}: choose newest, uniform, zero or official")
+        self.register_buffer("mean", torch.zeros(context_dim))
+        self.register_buffer("deviation", torch.ones(context_dim))
         widths = [context_dim, *hidden]
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], skills)
@@ -59,7 +64,21 @@ class MLPGate(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D)."""
-        return self.head(self.body(context)) / self.divisor
+        return self.head(self.body((context - self.mean) / self.deviation)) / self.divisor
+
+    @torch.no_grad()
+    def standardise(self, context: Tensor) -> None:
+        """From now on see features in units of their deviation in this sample (N, D) or (B, T, D), so that small ones count; before training.
+
+        Raises:
+            ValueError: fewer than two rows.
+
+        """
+        rows = context.flatten(0, -2)
+        if len(rows) < 2:
+            raise ValueError(f"a gate needs at least 2 contexts to standardise its input, got {len(rows)}")
+        self.mean.copy_(rows.mean(0))
+        self.deviation.copy_(rows.std(0).clamp_min(1e-6))
 
 
 class ConstantGate(nn.Module):
@@ -92,6 +111,8 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
     grown.divisor = gate.divisor
     grown.body.load_state_dict(gate.body.state_dict())
     with torch.no_grad():
+        grown.mean.copy_(gate.mean)
+        grown.deviation.copy_(gate.deviation)
         grown.head.weight[: old.out_features] = old.weight
         grown.head.bias[: old.out_features] = old.bias
     return grown.to(old.weight)

@@ -26,7 +26,14 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 YAMLS = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 CHOICES = [path for path in YAMLS if len(path.parts) > 1]
-OPTIONAL_IN = {"experiment": ("train", "compose"), "gate": ("compose",), "merge": ("compose",), "model": ("train",), "lora": ("train",)}
+OPTIONAL_IN = {
+    "experiment": ("train", "compose"),
+    "gate": ("compose",),
+    "merge": ("compose",),
+    "rehearsal": ("compose",),
+    "model": ("train",),
+    "lora": ("train",),
+}
 
 
 def choices(group):
@@ -41,7 +48,7 @@ def composed(name, *overrides):
 
 def test_every_group_is_known():
     assert len(YAMLS) > 10
-    assert {path.parts[0] for path in CHOICES} == {"experiment", "fit", "gate", "logger", "lora", "merge", "model", "task"}
+    assert {path.parts[0] for path in CHOICES} == {"experiment", "fit", "gate", "logger", "lora", "merge", "model", "rehearsal", "task"}
     assert {path.as_posix() for path in YAMLS if len(path.parts) == 1} == {"train", "compose"}
 
 
@@ -72,6 +79,15 @@ def test_every_task(name, monkeypatch):
     assert batch["observation"].shape == (4, task.observation_dim)
     assert len(list(task.validation(batch_size=1024))) > 0
     assert task.environment_seeds()
+
+
+@pytest.mark.parametrize("name", [name for name in choices("rehearsal") if name != "none"])
+def test_every_rehearsal_belongs_to_a_task_and_can_be_left_out(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with_it, without = (composed("compose", f"task={name}", "skills=[a]", *more).task for more in ([], ["rehearsal=none"]))
+    assert with_it.rehearsal.share > 0
+    assert set(with_it) - set(without) == {"rehearsal"}
+    assert len(instantiate(with_it, _convert_="all").data) == 2
 
 
 @pytest.mark.parametrize("name", choices("model"))
@@ -165,6 +181,7 @@ def test_train(home):
 def test_compose_a_gate_with_its_report(home, command):
     """The command of the README, evaluated for a few steps in the simulator."""
     arguments = ["task=walker/run", "skills=[walker/walk,walker/run]", "gate=mlp", *common("run"), "episodes=1", "+task.max_steps=3"]
+    arguments += ["task.rehearsal.demonstrations=stand.npz", "task.rehearsal.episodes=null"]
     code, out, err = command(home, "compose", *arguments)
     assert code == 0, err
     table = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("|")]
@@ -176,6 +193,8 @@ def test_compose_a_gate_with_its_report(home, command):
     bank = sb.Bank(home / "bank")
     card = bank.card("walker/run-from-stand-walk")
     assert float(table[-1][1]) == pytest.approx(card.metrics["return"], rel=0.01)
+    assert list(card.data) == ["run.npz", "stand.npz"]
+    assert bank.get("walker/run-from-stand-walk").tensors["deviation"].std() > 0
     assert isinstance(sb.load("walker/run-from-stand-walk", bank), sb.Composed)
 
 
@@ -185,6 +204,7 @@ def test_compose_a_merge(home, command):
         "task=walker/run",
         "skills=[walker/walk@1,walker/run]",
         "merge=svd",
+        "rehearsal=none",
         "merge.rank=1",
         "weights=[40,-30]",
         "name=merged",
@@ -247,7 +267,7 @@ def metrics(folder):
         ("train", ["start=[walker/walk]"], "skillbank: the skills to stand on belong to base 'walker/stand@1'"),
         ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
         ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
-        ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
+        ("compose", ["skills=[walker/stand]", "gate=mlp", "rehearsal=none"], "skillbank: .*is a base, a skill is needed here"),
         ("compose", ["gate=mlp"], "skillbank: Missing mandatory value: skills"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,

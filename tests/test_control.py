@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skillbank.tasks.control import ControlTask, summary
+from skillbank.tasks.demonstrations import load_demonstrations
 
 WALK = "dm_control/walker-walk"
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,39 @@ def test_balance_draws_rare_steps_more_often(tmp_path):
         shares[power] = float((batch["observation"].abs().amax(1) > 1).float().mean())
     expected = [rare * 10**power / (rare * 10**power + 480) for power in shares]
     assert list(shares.values()) == pytest.approx(expected, abs=0.02)
+
+
+def test_rehearsal_takes_its_share_and_only_the_steps_below_the_reward(make, tmp_path):
+    old = arrays()
+    old["observations"] += 100
+    old["rewards"] = np.arange(sum(LENGTHS), dtype=np.float32)
+    np.savez(tmp_path / "old.npz", **old)
+    source = str(tmp_path / "old.npz")
+    task = make(episodes=1, horizon=2, rehearsal={"demonstrations": source, "share": 0.25, "reward_below": 5.0, "episodes": 3})
+    batch = next(task.batches(batch_size=400, seed=0)(0))
+    rows = rows_of(batch)
+    assert set(rows[:300].tolist()) == set(range(4))
+    assert set(rows[300:].tolist()) == {100, 101, 102, 103, 104}
+    number, steps = rows[300:] - 100, sum(LENGTHS)
+    torch.testing.assert_close(batch["action"][300:, 0, 0], number / steps)
+    following = torch.tensor([1, 2, 3, 3, 4])[number]  # the first episode has 4 steps, the second 1: its last action is repeated
+    torch.testing.assert_close(batch["action"][300:, 1, 0], following / steps)
+    assert task.data == {task.demonstrations.source: task.demonstrations.hash, source: load_demonstrations(source, episodes=3).hash}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.0}, r"share is the part of a batch, in \(0, 1\), got 1.0"),
+        ({"share": 0.5, "reward_below": 0.5}, "has a reward below 0.5, the least is 1"),
+        ({"share": 0.5, "demonstrations": "small.npz"}, r"small.npz has \(3, 6\) features and actions, .* has \(24, 6\): use one embodiment"),
+    ],
+)
+def test_bad_rehearsal(make, path, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("small.npz", **arrays(features=3))
+    with pytest.raises(ValueError, match=message):
+        make(rehearsal={"demonstrations": path, **options})
 
 
 @pytest.mark.parametrize(

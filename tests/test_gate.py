@@ -41,6 +41,40 @@ def test_parameter_count_of_the_paper(skills, parameters):
     assert sum(p.numel() for p in MLPGate(24, skills).parameters()) == parameters
 
 
+def test_a_standardised_gate_sees_every_feature_in_its_deviations():
+    torch.manual_seed(0)
+    gate, plain = MLPGate(3, 2), MLPGate(3, 2)
+    nn.init.normal_(gate.head.weight)
+    plain.load_state_dict(gate.state_dict())
+    units, shift = torch.tensor([1e-3, 1.0, 1e3]), torch.tensor([5.0, -1.0, 0.0])
+    x = torch.randn(1000, 3)
+    gate.standardise((x * units + shift).view(10, 100, 3))
+    seen = (x - x.mean(0)) / x.std(0)
+    torch.testing.assert_close(gate(x * units + shift), plain(seen), rtol=1e-3, atol=1e-3)
+
+
+def test_standardising_keeps_the_initialisation_and_travels_with_the_state():
+    gate, other = MLPGate(3, 2), MLPGate(3, 2)
+    gate.standardise(torch.randn(50, 3) * 7)
+    torch.testing.assert_close(gate(torch.randn(9, 3)), torch.tensor([0.0, 1.0]).expand(9, 2))
+    nn.init.normal_(gate.head.weight)
+    other.load_state_dict(gate.state_dict())
+    x = torch.randn(9, 3)
+    assert torch.equal(gate(x), other(x))
+
+
+def test_a_feature_that_never_changes_stays_finite():
+    gate = MLPGate(2, 1)
+    gate.standardise(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    nn.init.normal_(gate.head.weight)
+    assert gate(torch.tensor([[1.0, 1.0]])).isfinite().all()
+
+
+def test_one_context_cannot_standardise():
+    with pytest.raises(ValueError, match="at least 2 contexts to standardise its input, got 1"):
+        MLPGate(2, 1).standardise(torch.zeros(1, 2))
+
+
 def test_copies_of_a_state_get_equal_weights():
     gate = MLPGate(5, 2)
     nn.init.normal_(gate.head.weight)

@@ -135,6 +135,7 @@ def test_only_the_intended_parameters_change(stage):
 def test_adding_a_skill_to_a_gate_changes_nothing_until_it_is_trained():
     gate = MLPGate(5, 2, hidden=(16, 16))
     torch.nn.init.normal_(gate.head.weight)
+    gate.standardise(3 * torch.randn(50, 5) + 1)
     bigger, context = grow(gate), torch.randn(32, 5)
     assert torch.equal(bigger(context)[:, :2], gate(context))
     assert torch.equal(bigger(context)[:, 2], torch.zeros(32))

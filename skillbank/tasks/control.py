@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skillbank.model import Batch, Batches, Model
 from skillbank.tasks.demonstrations import load_demonstrations
-from skillbank.tasks.examples import Examples
+from skillbank.tasks.examples import Examples, Rehearsal
 
 if TYPE_CHECKING:
     from skillbank.tasks.rollouts import Rollout
@@ -47,6 +47,7 @@ class ControlTask:
             all steps alike.
         mirror: a symmetry of the environment as two permutations, `{"observation": [...], "action": [...]}`; half of the examples of a training
             batch, at random, are seen in the mirror.
+        rehearsal: examples of an old task that are in every training batch as well, as arguments of `Rehearsal`.
 
     Raises:
         FileNotFoundError: there are no such demonstrations.
@@ -70,6 +71,7 @@ class ControlTask:
         observation_noise: float = 0.0,
         balance: float = 0.0,
         mirror: Mapping[str, Sequence[int]] | None = None,
+        rehearsal: Mapping[str, Any] | None = None,
     ) -> None:
         if horizon < 1 or held_out < 0 or seed < 0 or observation_noise < 0 or balance < 0 or (episodes is not None and episodes < 1):
             given = f"{horizon=}, {held_out=}, {seed=}, {observation_noise=}, {balance=}, {episodes=}"
@@ -84,6 +86,7 @@ class ControlTask:
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
         self._examples = Examples(self.demonstrations, horizon, balance=balance, mirror=mirror)
+        self._rehearsal = None if rehearsal is None else Rehearsal(self._examples, **rehearsal)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
 
     def __repr__(self) -> str:
@@ -107,11 +110,12 @@ class ControlTask:
 
     @property
     def data(self) -> dict[str, str]:
-        """SHA-256 of everything that is trained on, by source."""
-        return {self.demonstrations.source: self.demonstrations.hash}
+        """SHA-256 of everything that is trained on, by source: the demonstrations and what is rehearsed."""
+        rehearsed = [] if self._rehearsal is None else [self._rehearsal.demonstrations]
+        return {each.source: each.hash for each in (self.demonstrations, *rehearsed)}
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
-        """Endless training batches on the CPU: observation (B, D), action (B, H, A), uniform with replacement.
+        """Endless training batches on the CPU: observation (B, D), action (B, H, A), drawn with replacement.
 
         The batch of step i depends on (seed, i) alone.
 
@@ -122,10 +126,16 @@ class ControlTask:
         if batch_size < 1 or seed < 0:
             raise ValueError(f"task {self.name!r}: batches need a batch size of at least 1 and a seed of at least 0, got {batch_size=}, {seed=}")
 
+        old = self._rehearsal
+        count_old = 0 if old is None else round(old.share * batch_size)
+
         def stream(start: int) -> Iterator[Batch]:
             for step in count(start):
                 generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
-                batch = self._examples.draw(batch_size, generator)
+                batch = self._examples.draw(batch_size - count_old, generator)
+                if old is not None:
+                    drawn = old.examples.draw(count_old, generator)
+                    batch = {key: torch.cat([batch[key], drawn[key]]) for key in batch}
                 yield self._augmented(batch, generator)
 
         return stream

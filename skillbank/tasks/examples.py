@@ -1,4 +1,4 @@
-"""Demonstrations as training examples: drawn uniformly or by rarity, as they are or in a mirror."""
+"""Demonstrations as training examples: drawn uniformly or by rarity, as they are or in a mirror; those of old tasks beside them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skillbank.tasks.demonstrations import Demonstrations
+from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
 
-__all__ = ["Examples"]
+__all__ = ["Examples", "Rehearsal"]
 
 Mirror = Mapping[str, Sequence[int]]
 
@@ -22,6 +22,7 @@ class Examples:
     Args:
         demonstrations: where they are from.
         horizon: H.
+        rows: the steps to draw from; None for all.
         balance: draw a step with probability proportional to its rarity to this power, see `ControlTask`; 0 draws all alike.
         mirror: permutations of observation and action; half of what is drawn is seen in the mirror.
 
@@ -35,6 +36,7 @@ class Examples:
         demonstrations: Demonstrations,
         horizon: int,
         *,
+        rows: NDArray[np.int64] | None = None,
         balance: float = 0.0,
         mirror: Mirror | None = None,
     ) -> None:
@@ -42,14 +44,15 @@ class Examples:
         self.observations = torch.from_numpy(demonstrations.observations)
         self.actions = torch.from_numpy(demonstrations.actions)
         last = np.repeat(demonstrations.starts[1:] - 1, demonstrations.lengths)
-        chunks = np.arange(len(last))[:, None] + np.arange(horizon)
-        self.chunks = torch.from_numpy(np.minimum(chunks, last[:, None]).astype(np.int32))
-        self.cumulative = _rarity(self.observations, balance) if balance else None
+        rows = np.arange(len(last)) if rows is None else rows
+        chunks = np.minimum(rows[:, None] + np.arange(horizon), last[rows, None])
+        self.rows, self.chunks = torch.from_numpy(rows), torch.from_numpy(chunks.astype(np.int32))
+        self.cumulative = _rarity(self.observations[self.rows], balance) if balance else None
         self.mirror = None if mirror is None else self._permutations(mirror)
 
     def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self.chunks)
+        """Return the number of steps to draw from."""
+        return len(self.rows)
 
     def draw(self, count: int, generator: np.random.Generator) -> dict[str, Tensor]:
         """Observation (count, D) and action (count, H, A), drawn with replacement."""
@@ -65,10 +68,10 @@ class Examples:
         return batch
 
     def batch(self, which: Tensor) -> dict[str, Tensor]:
-        """Observation (B, D) and action (B, H, A) of steps (B,)."""
+        """Observation (B, D) and action (B, H, A) of positions (B,) among the steps to draw from."""
         chunks = self.chunks.index_select(0, which)
         actions = self.actions.index_select(0, chunks.view(-1)).view(*chunks.shape, self.actions.shape[-1])
-        return {"observation": self.observations.index_select(0, which), "action": actions}
+        return {"observation": self.observations.index_select(0, self.rows.index_select(0, which)), "action": actions}
 
     def _permutations(self, mirror: Mirror) -> dict[str, Tensor]:
         sizes = {"observation": self.observations.shape[1], "action": self.actions.shape[1]}
@@ -76,6 +79,43 @@ class Examples:
             if sorted(mirror.get(key, ())) != list(range(size)):
                 raise ValueError(f"{self.source}: mirror.{key} must be a permutation of 0..{size - 1}, got {list(mirror.get(key, ()))}")
         return {key: torch.tensor(list(mirror[key])) for key in sizes}
+
+
+class Rehearsal:
+    """Steps of an old task that a gate sees beside the new one's: where the new skill is not at home and an older one, or the base, is.
+
+    Args:
+        new: the examples of the new task.
+        demonstrations: of the old task, see `load_demonstrations`.
+        share: part of every batch, in (0, 1).
+        episodes: the first this many; None for all.
+        reward_below: keep the steps with a smaller reward: those on the way to the old task's goal. Steps at its goal are not the new one's.
+
+    Raises:
+        ValueError: a share out of range, another size than the new task's, or no step that is left.
+
+    """
+
+    def __init__(
+        self,
+        new: Examples,
+        demonstrations: str,
+        *,
+        share: float,
+        episodes: int | None = None,
+        reward_below: float = np.inf,
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"rehearsal: share is the part of a batch, in (0, 1), got {share}")
+        self.share = share
+        self.demonstrations = old = load_demonstrations(demonstrations, episodes=episodes)
+        sizes, known = ((each.observations.shape[1], each.actions.shape[1]) for each in (old, new))
+        if sizes != known:
+            raise ValueError(f"rehearsal: {demonstrations} has {sizes} features and actions, {new.source} has {known}: use one embodiment")
+        rows = np.flatnonzero(old.rewards < reward_below)
+        if not len(rows):
+            raise ValueError(f"rehearsal: no step of {demonstrations} has a reward below {reward_below}, the least is {old.rewards.min():.3g}")
+        self.examples = Examples(old, new.chunks.shape[1], rows=rows)
 
 
 def _rarity(observations: Tensor, power: float, neighbour: int = 5) -> NDArray[np.float64]:
