@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
 
 def compose(cfg: DictConfig) -> str:
     """Do it; returns the new version's reference."""
-    conf = OmegaConf.to_container(cfg, resolve=True)
+    conf = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(conf, dict)
     merge, gate = conf.get("merge"), conf.get("gate")
     if (merge is None) == (gate is None):
