@@ -12,7 +12,7 @@ import typer
 
 from skillbank.bank import Bank, Card, Ref, UnknownRef
 from skillbank.bank.card import KINDS, flat, weighted
-from skillbank.bank.refs import did_you_mean
+from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
     from rich.table import Table

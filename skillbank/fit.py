@@ -119,7 +119,7 @@ def fit(
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
     settings |= {"warmup": warmup, "ema": ema, "clip": clip, "accumulate": accumulate, "precision": precision, "seed": seed}
     accelerator = _accelerator(device, precision, accumulate, tracker)
-    with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run):
+    with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run), _restored(model):
         optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=weight_decay, fused=True)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         state = _State(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
@@ -348,6 +348,19 @@ def _only_trainable(model: nn.Module, trained: dict[str, nn.Parameter]) -> Itera
             p.requires_grad_(flag)
             p.grad = None
         model.train(training)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Take back what accelerate leaves on a module that it prepares; otherwise a later run would silently keep this one's precision."""
+    keys = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {key: model.__dict__[key] for key in keys if key in model.__dict__}
+    try:
+        yield
+    finally:
+        for key in keys:
+            model.__dict__.pop(key, None)
+        model.__dict__.update(before)
 
 
 @contextmanager

@@ -76,6 +76,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert read(again.net).fingerprint == read(policy.net).fingerprint
 
 
+def test_a_second_run_has_its_own_precision():
+    once, twice = tiny_policy(), tiny_policy()
+    options = {"steps": 3, "weight_decay": 0.0, "ema": None, "progress": False}
+    coarse = fit(twice, batches, twice.parameters(), precision="bf16", lr=0.0, **options)
+    second = fit(twice, batches, twice.parameters(), lr=0.0, **options)
+    only = fit(once, batches, once.parameters(), lr=0.0, **options)
+    assert second.loss == only.loss != coarse.loss
+
+
 def test_accumulated_batches_are_one_large_batch():
     def forward(model, batch):
         return (model.net(batch["action"][:, 0], batch["observation"], torch.zeros(len(batch["action"])).long()) ** 2).mean()

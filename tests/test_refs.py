@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skillbank.bank.refs import Ref, UnknownRef, did_you_mean
+from skillbank.bank.refs import Ref, UnknownRef
+from skillbank.words import did_you_mean
 
 words = st.from_regex(r"[a-z0-9]([a-z0-9._-]{0,8}[a-z0-9])?", fullmatch=True).filter(lambda word: not word.isdigit())
 names = st.lists(words, min_size=1, max_size=3).map("/".join)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypedDict
 
-from skillbank.bank.refs import did_you_mean
 from skillbank.bank.sealed import canonical, seal, unseal
+from skillbank.words import did_you_mean
 
 __all__ = ["CARD_FILE", "FORMAT", "KINDS", "README_FILE", "BaseLink", "Card", "Parent", "check_extra", "content_hash", "readme", "tool_versions"]
 

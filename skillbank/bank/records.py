@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from skillbank.bank.refs import did_you_mean
 from skillbank.bank.sealed import canonical, write_new
+from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor

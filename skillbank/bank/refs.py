@@ -14,12 +14,10 @@ that differ by case alone are one folder on some file systems; a segment of digi
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Ref", "UnknownRef", "check_alias", "check_name", "did_you_mean"]
+__all__ = ["Ref", "UnknownRef", "check_alias", "check_name"]
 
 _SEGMENT = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -127,13 +125,3 @@ class Ref:
     def __repr__(self) -> str:
         """Return `Ref('walker/walk@3')`."""
         return f"Ref({str(self)!r})"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """End of an error message: the closest known word, or all of them where they are few."""
-    words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    listed = ", ".join(map(repr, words[:10])) + (", ..." if len(words) > 10 else "")
-    return f"there is {listed}" if words else "there is none yet"

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from skillbank.bank.card import CARD_FILE, KINDS, README_FILE, Card, check_extra, content_hash, readme, tool_versions
 from skillbank.bank.links import common_base, links
 from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
-from skillbank.bank.refs import Ref, UnknownRef, check_alias, check_name, did_you_mean, parse_version
+from skillbank.bank.refs import Ref, UnknownRef, check_alias, check_name, parse_version
 from skillbank.bank.sealed import file_digest, fsync, seal, unseal, write_new
+from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
     from skillbank.bank.verify import Problem

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from skillbank.skill import Skill
+from skillbank.words import did_you_mean
 
 __all__ = ["METHODS", "Method", "find", "method"]
 
@@ -31,7 +31,5 @@ def method(name: str) -> Callable[[Method], Method]:
 def find(name: str) -> Method:
     """Return the method of that name; a ValueError says what is close."""
     if name not in METHODS:
-        close = get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {sorted(METHODS)}, or pass a function"
-        raise ValueError(f"unknown merge method {name!r}: {hint}")
+        raise ValueError(f"unknown merge method {name!r}: {did_you_mean(name, METHODS)} Or pass a function.")
     return METHODS[name]
