@@ -366,10 +366,11 @@ SETUP = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
-import skillbank.bank.store as store
+import skillbank.bank.publish as store
+from skillbank.bank import Bank
 from tests.test_bank import skill_of
 torch.set_num_threads(1)
-bank = store.Bank(sys.argv[1])
+bank = Bank(sys.argv[1])
 
 def processes(*runs):
     pids = []
@@ -427,8 +428,13 @@ def test_two_writers_of_one_name(tmp_path):
 def test_killed_before_the_rename(bank):
     before = [entry.ref for entry in bank.list()]
     apart(KILLS, bank)
-    assert len(list(bank.root.glob(".tmp-*"))) == 3
+    left = [path for path in bank.root.glob(".tmp-*") if path.is_dir()]
+    assert len(left) == 3
     assert [entry.ref for entry in bank.list()] == before
+    assert bank.gc(dry_run=True) == sorted(left)
+    assert all(path.exists() for path in left)
+    assert bank.gc() == sorted(left)
+    assert not list(bank.root.glob(".tmp-*"))
     assert bank.verify() == []
     assert bank.put(skill_of(50), "walker/walk") == Ref("walker/walk", 3)
 

@@ -13,29 +13,26 @@ import builtins
 import errno
 import fnmatch
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from skillbank.bank.card import CARD_FILE, KINDS, README_FILE, Card, check_extra, content_hash, readme, tool_versions
+from skillbank.bank.aliases import ALIASES_FILE, ANY, Expected, Move, move, read_moves, table
+from skillbank.bank.card import CARD_FILE, KINDS, Card, check_extra, content_hash, tool_versions
 from skillbank.bank.links import common_base, links
+from skillbank.bank.publish import file_entry, publish, temporary
 from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
-from skillbank.bank.refs import Ref, UnknownRef, check_alias, check_name, parse_version
-from skillbank.bank.sealed import file_digest, fsync, seal, unseal, write_new
+from skillbank.bank.refs import Ref, UnknownRef, check_name, parse_version
+from skillbank.bank.removal import TOMBSTONE_FILE, dependents, gc, remove, tombstone
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
     from skillbank.bank.verify import Problem
 
 __all__ = ["Bank", "Entry"]
-
-ALIASES_FILE = "aliases.json"
-_ALIAS_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -93,16 +90,19 @@ class Bank:
             ValueError: the file of the aliases is damaged.
 
         """
-        path = self.root / check_name(name) / ALIASES_FILE
+        return {alias: cast("int", each.version) for alias, each in table(self.moves(name)).items()}
+
+    def moves(self, name: str) -> builtins.list[Move]:
+        """How the aliases of a name came to point where they do, oldest first.
+
+        Raises:
+            ValueError: the file of the aliases is damaged.
+
+        """
         try:
-            body = unseal(path.read_bytes())
-            if body.get("format") != _ALIAS_FORMAT or not isinstance(body.get("aliases"), dict):
-                raise ValueError(f"has format {body.get('format')!r}, this skillbank reads {_ALIAS_FORMAT}: update skillbank")
-        except FileNotFoundError:
-            return {}
+            return read_moves(self.root / check_name(name))
         except ValueError as error:
             raise ValueError(f"{name}: {ALIASES_FILE} {error}") from None
-        return dict(sorted(body["aliases"].items()))
 
     def resolve(self, ref: str | Ref) -> Ref:
         """Return the exact reference that `ref` means now.
@@ -126,6 +126,8 @@ class Bank:
                 raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r}: {did_you_mean(ref.version, aliases)}")
             ref = Ref(ref.name, aliases[ref.version])
         if ref.version not in versions:
+            if (stone := tombstone(self._folder(ref))) is not None:
+                raise UnknownRef(f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}")
             raise UnknownRef(f"{ref.name!r} has no version {ref.version}: there is {', '.join(map(str, versions))}")
         return ref
 
@@ -206,34 +208,61 @@ class Bank:
         check_extra({key: value for key, value in extra.items() if key not in ("base", "parents")})
         thing, base, parents = links(self, thing, extra.pop("base", None), extra.pop("parents", ()))
         hashes = {str(link["ref"]): str(link["hash"]) for link in (base, *parents) if link is not None}
-        with self._temporary() as folder:
+        with self._writing(), temporary(self.root) as folder:
             write_payload(thing, folder, hashes, adapter or {})
-            files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
+            files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
             made = Card(kind=kind, hash=content_hash(files), files=files, base=base, parents=parents)
             created = datetime.now(UTC).isoformat(timespec="seconds")
             made = replace(made, **{**extra, "tags": tuple(extra.get("tags", ()))}, tools=tool_versions(), created=created)
-            return self._publish(folder, name, made)
+            return publish(self, folder, name, made)
 
-    def alias(self, name: str, alias: str, version: int) -> Ref:
-        """Point an alias of a name at one of its versions; it may be moved later.
+    def alias(self, name: str, alias: str, version: int | None, *, expect: Expected = ANY, protect: bool | None = None) -> Ref | None:
+        """Point an alias of a name at one of its versions, or take it away; every move is kept, see `moves`.
+
+        Args:
+            name: the name.
+            alias: the alias.
+            version: number of the version, None to take the alias away.
+            expect: move it only if it points at this version now (None: at nothing); `"any"` does not look.
+            protect: from now on it moves only together with `protect=False`; None leaves that as it is.
+
+        Returns:
+            The exact reference that it points at now.
 
         Raises:
             UnknownRef: no such name or version.
+            ValueError: it points elsewhere than expected, or is protected.
             PermissionError: the bank is not writable.
 
         """
-        from filelock import FileLock
-
-        ref = self.resolve(Ref(name, version))
-        check_alias(alias)
-        folder = self.root / name
-        with self._writing(), FileLock(folder / ".aliases.lock"):
-            body = {"format": _ALIAS_FORMAT, "aliases": {**self.aliases(name), alias: ref.number}}
-            temporary = folder / f".aliases-{uuid.uuid4().hex}"
-            write_new(temporary, seal(body))
-            temporary.replace(folder / ALIASES_FILE)
-            fsync(folder)
+        ref = None if version is None else self.resolve(Ref(name, version))
+        self.resolve(Ref(name))
+        with self._writing():
+            move(self.root / name, name, alias, version, expect=expect, protect=protect)
         return ref
+
+    def dependents(self, ref: str | Ref) -> builtins.list[Ref]:
+        """Versions that have `ref` as their base or as a parent."""
+        return dependents(self, ref)
+
+    def remove(self, ref: str | Ref, *, force: bool = False, reason: str = "") -> Ref:
+        """Take a version away; its number is never used again. Nothing brings it back but a copy.
+
+        Raises:
+            UnknownRef: no such version.
+            ValueError: versions or aliases need it, and it was not forced.
+            PermissionError: the bank is not writable.
+
+        """
+        exact = self.resolve(ref)
+        with self._writing():
+            remove(self, exact, force=force, reason=reason)
+        return exact
+
+    def gc(self, *, dry_run: bool = False) -> builtins.list[Path]:
+        """Remove what interrupted processes left behind, and return it; a dry run only tells."""
+        with self._writing():
+            return gc(self, dry_run=dry_run)
 
     def _walk(self, name: str) -> Iterator[tuple[str, builtins.list[int]]]:
         numbers: builtins.list[int] = []
@@ -281,43 +310,6 @@ class Bank:
         parents = [self._lineage(self.resolve(parent["ref"]), parent["weight"]) for parent in card.parents]
         return {"ref": str(ref), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
 
-    def _publish(self, folder: Path, name: str, card: Card) -> Ref:
-        """Finish a version in its temporary folder and rename it to the next free number."""
-        write_new(folder / README_FILE, readme(name, card).encode())
-        card = replace(card, files={**card.files, README_FILE: _entry(folder / README_FILE)})
-        write_new(folder / CARD_FILE, data := card.to_bytes())
-        Card.from_bytes(data)
-        for path in folder.iterdir():
-            fsync(path)
-        fsync(folder)
-        parent = self.root / name
-        parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            numbers = self.versions(name)
-            for number in numbers:
-                other = self._card(Ref(name, number))
-                if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
-                    return Ref(name, number)
-            number = max(numbers, default=0) + 1
-            try:
-                folder.rename(parent / str(number))
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                continue
-            fsync(parent)
-            return Ref(name, number)
-
-    @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        folder = self.root / f".tmp-{uuid.uuid4().hex}"
-        with self._writing():
-            folder.mkdir(parents=True)
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -334,8 +326,5 @@ def _version(entry: os.DirEntry[str]) -> int | None:
     if number is None or not entry.is_dir(follow_symlinks=False):
         return None
     with os.scandir(entry.path) as inside:
-        return number if any(not each.name.startswith(".") for each in inside) else None
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": file_digest(path), "size": path.stat().st_size}
+        names = {each.name for each in inside}
+    return number if TOMBSTONE_FILE not in names and any(not name.startswith(".") for name in names) else None

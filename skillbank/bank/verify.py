@@ -12,6 +12,7 @@ from skillbank.bank.card import CARD_FILE, Card, content_hash
 from skillbank.bank.links import recompute_fingerprint
 from skillbank.bank.records import read_payload
 from skillbank.bank.refs import Ref
+from skillbank.bank.removal import TOMBSTONE_FILE, tombstone
 from skillbank.bank.sealed import file_digest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def verify(bank: Bank, ref: str | Ref | None = None) -> list[Problem]:
     if ref is not None:
         ref = bank.resolve(ref)
         return [*_check_aliases(bank, ref.name, bank.versions(ref.name)), *_check_version(bank, ref)]
-    problems: list[Problem] = []
+    problems = list(_check_tombstones(bank))
     for name, numbers in bank.names():
         problems += _check_aliases(bank, name, numbers)
         for number in numbers:
@@ -115,6 +116,15 @@ def _check_content(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
         return
     if found != expected:
         yield Problem(str(ref), CARD_FILE, f"fits a base with fingerprint {expected[:12]}, but {base!r} has {found[:12]}")
+
+
+def _check_tombstones(bank: Bank) -> Iterator[Problem]:
+    for path in sorted(bank.root.rglob(TOMBSTONE_FILE)):
+        try:
+            tombstone(path.parent)
+        except ValueError as error:
+            relative = path.parent.relative_to(bank.root)
+            yield Problem(f"{relative.parent.as_posix()}@{relative.name}", TOMBSTONE_FILE, str(error))
 
 
 def _check_aliases(bank: Bank, name: str, numbers: list[int]) -> Iterator[Problem]:

@@ -1,0 +1,87 @@
+"""How a version gets into a bank: written in a hidden folder, flushed to the disk, renamed to the next free number.
+
+Readers need no lock and never see half of one; a second writer of the same number takes the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
+from skillbank.bank.refs import Ref, parse_version
+from skillbank.bank.sealed import file_digest, fsync, write_new
+
+if TYPE_CHECKING:
+    from skillbank.bank.store import Bank
+
+__all__ = ["TEMPORARY", "file_entry", "lock_of", "publish", "temporary"]
+
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def temporary(root: Path) -> Iterator[Path]:
+    """An empty hidden folder in a bank, gone after the block; while its lock is held, `gc` leaves it alone."""
+    from filelock import FileLock
+
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{TEMPORARY}{uuid.uuid4().hex}"
+    lock = lock_of(folder)
+    with FileLock(lock):
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def lock_of(folder: Path) -> Path:
+    """Lock file of a temporary folder, beside it."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a card says of a file."""
+    return {"sha256": file_digest(path), "size": path.stat().st_size}
+
+
+def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
+    """Finish a version in its temporary folder and rename it to the next free number; one that is there already is found instead."""
+    write_new(folder / README_FILE, readme(name, card).encode())
+    card = replace(card, files={**card.files, README_FILE: file_entry(folder / README_FILE)})
+    write_new(folder / CARD_FILE, data := card.to_bytes())
+    Card.from_bytes(data)
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
+    parent = bank.root / name
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        for ref in (Ref(name, number) for number in bank.versions(name)):
+            other = bank.card(ref)
+            if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
+                return ref
+        number = max(number, *_taken(parent), 0) + 1
+        try:
+            folder.rename(parent / str(number))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            continue
+        fsync(parent)
+        return Ref(name, number)
+
+
+def _taken(parent: Path) -> list[int]:
+    """Numbers of the versions of a name that are, or were."""
+    folders = [(number, path) for path in parent.iterdir() if (number := parse_version(path.name)) is not None and path.is_dir()]
+    return [number for number, path in folders if any(not each.name.startswith(".") for each in path.iterdir())]

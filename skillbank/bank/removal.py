@@ -1,0 +1,118 @@
+"""Taking versions away, and sweeping up what was never finished.
+
+A removed version leaves a tombstone in its folder, so that its number is never given to another. The tombstone is written first: from then on
+nobody sees the version, whatever happens to the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillbank.bank.aliases import ALIASES_LOCK, ALIASES_TEMPORARY
+from skillbank.bank.publish import TEMPORARY, lock_of
+from skillbank.bank.refs import Ref
+from skillbank.bank.sealed import fsync, seal, unseal, write_new
+
+if TYPE_CHECKING:
+    from skillbank.bank.store import Bank
+
+__all__ = ["TOMBSTONE_FILE", "dependents", "gc", "remove", "tombstone"]
+
+TOMBSTONE_FILE = "tombstone.json"
+_FORMAT = 1
+
+
+def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
+    """Versions that name `ref` as their base or as a parent, by name and number."""
+    exact = str(bank.resolve(ref))
+    return [
+        entry.ref
+        for entry in bank.list()
+        if exact in {parent["ref"] for parent in entry.card.parents} | ({entry.card.base["ref"]} if entry.card.base else set())
+    ]
+
+
+def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
+    """Take a version away and leave a tombstone.
+
+    Raises:
+        ValueError: other versions or aliases need it, and it was not forced.
+
+    """
+    needed = [str(each) for each in dependents(bank, ref)]
+    needed += [f"alias {alias!r}" for alias, number in bank.aliases(ref.name).items() if number == ref.number]
+    if needed and not force:
+        raise ValueError(f"{ref} is needed by {', '.join(needed[:5])}{' and others' if needed[5:] else ''}: remove these first, or force it")
+    folder = bank.path(ref)
+    card = bank.card(ref)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    body = {"format": _FORMAT, "kind": card.kind, "hash": card.hash, "reason": reason, "when": when}
+    hidden = folder / f".{TOMBSTONE_FILE}"
+    hidden.unlink(missing_ok=True)
+    write_new(hidden, seal(body))
+    hidden.rename(folder / TOMBSTONE_FILE)
+    fsync(folder)
+    _clear(folder)
+
+
+def tombstone(folder: Path) -> dict[str, Any] | None:
+    """What a removed version left: kind, hash, reason and when; None where nothing was removed.
+
+    Raises:
+        ValueError: it was changed.
+
+    """
+    try:
+        return unseal((folder / TOMBSTONE_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
+    """Remove what interrupted writers and removers left behind; returns it. Writers that are still at it are left alone."""
+    left = [path for path in sorted(bank.root.glob(f"{TEMPORARY}*")) if _free(path, dry_run)]
+    for name in (path.parent for path in sorted(bank.root.rglob(f"{ALIASES_TEMPORARY}*"))):
+        left += _free_aliases(name, dry_run)
+    for stone in sorted(bank.root.rglob(TOMBSTONE_FILE)):
+        if rest := [path for path in stone.parent.iterdir() if path != stone]:
+            left += rest
+            if not dry_run:
+                _clear(stone.parent)
+    return left
+
+
+def _free(path: Path, dry_run: bool) -> bool:
+    """Whether a temporary folder, or the lock of one, is nobody's; it is removed then."""
+    from filelock import FileLock, Timeout
+
+    folder = path.with_suffix("")
+    try:
+        with FileLock(lock_of(folder), blocking=False):
+            if not dry_run:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock_of(folder).unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return path == folder
+
+
+def _free_aliases(folder: Path, dry_run: bool) -> list[Path]:
+    from filelock import FileLock
+
+    with FileLock(folder / ALIASES_LOCK):
+        found = sorted(folder.glob(f"{ALIASES_TEMPORARY}*"))
+        for path in found if not dry_run else ():
+            path.unlink()
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Empty the folder of a removed version, but for its tombstone."""
+    for entry in os.scandir(folder):
+        if entry.name != TOMBSTONE_FILE:
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    fsync(folder)

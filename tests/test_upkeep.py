@@ -1,0 +1,158 @@
+"""Aliases that move, versions that are taken away, and what interrupted processes leave behind."""
+
+import shutil
+import threading
+
+import pytest
+
+from skillbank.bank import Bank, Ref, UnknownRef
+from skillbank.bank.publish import temporary
+from skillbank.bank.sealed import seal, unseal
+from tests.test_bank import shipped, skill_of  # noqa: F401
+
+
+@pytest.fixture
+def bank(shipped, tmp_path):  # noqa: F811
+    return Bank(shutil.copytree(shipped.root, tmp_path / "bank"))
+
+
+def test_every_move_of_an_alias_is_kept(bank):
+    bank.alias("walker/walk", "best", 2)
+    bank.alias("walker/walk", "best", 2)
+    bank.alias("walker/walk", "first", 1, protect=True)
+    assert bank.alias("walker/walk", "best", None) is None
+    assert [(move.alias, move.version, move.protected) for move in bank.moves("walker/walk")] == [
+        ("best", 1, False),
+        ("best", 2, False),
+        ("first", 1, True),
+        ("best", None, False),
+    ]
+    assert all(move.when for move in bank.moves("walker/walk"))
+    assert bank.aliases("walker/walk") == {"first": 1}
+    with pytest.raises(UnknownRef, match="'walker/walk' has no alias 'best'"):
+        bank.resolve("walker/walk@best")
+
+
+@pytest.mark.parametrize(
+    ("alias", "expect", "message"),
+    [
+        ("best", 2, "alias 'best' of 'walker/walk' points at version 1, not at version 2 as expected: somebody moved it"),
+        ("best", None, "points at version 1, not at nothing as expected"),
+        ("new", 1, "alias 'new' of 'walker/walk' points at nothing, not at version 1 as expected"),
+    ],
+)
+def test_an_alias_that_points_elsewhere_than_expected_stays(bank, alias, expect, message):
+    before = bank.aliases("walker/walk")
+    with pytest.raises(ValueError, match=message):
+        bank.alias("walker/walk", alias, 2, expect=expect)
+    assert bank.aliases("walker/walk") == before
+
+
+def test_of_many_who_compare_and_set_one_wins(bank):
+    won = []
+
+    def compete(number):
+        try:
+            bank.alias("walker/walk", "mine", 1 + number % 2, expect=None)
+            won.append(number)
+        except ValueError:
+            pass
+
+    threads = [threading.Thread(target=compete, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert bank.aliases("walker/walk")["mine"] == 1 + won[0] % 2
+
+
+def test_a_protected_alias_moves_only_when_unprotected(bank):
+    bank.alias("walker/walk", "best", 1, protect=True)
+    for version in (2, None):
+        with pytest.raises(ValueError, match="alias 'best' of 'walker/walk' is protected at version 1: unprotect it in the same call"):
+            bank.alias("walker/walk", "best", version)
+    assert bank.alias("walker/walk", "best", 2, protect=False) == Ref("walker/walk", 2)
+    bank.alias("walker/walk", "best", 1)
+    assert bank.aliases("walker/walk")["best"] == 1
+
+
+def test_aliases_of_the_first_format_are_read_and_kept(bank):
+    path = bank.root / "walker/walk/aliases.json"
+    path.write_bytes(seal({"format": 1, "aliases": {"old": 1}}))
+    assert bank.aliases("walker/walk") == {"old": 1}
+    bank.alias("walker/walk", "best", 2)
+    assert bank.aliases("walker/walk") == {"best": 2, "old": 1}
+    assert unseal(path.read_bytes())["format"] == 2
+
+
+@pytest.mark.parametrize("body", [{"format": 3, "moves": []}, {"format": 2, "moves": [{"alias": "a"}]}, {"format": 2, "moves": [["best", 1]]}])
+def test_aliases_of_another_format_are_refused(bank, body):
+    (bank.root / "walker/walk/aliases.json").write_bytes(seal(body))
+    with pytest.raises(ValueError, match=r"walker/walk: aliases.json has format \d, this skillbank reads up to 2"):
+        bank.aliases("walker/walk")
+
+
+def test_dependents(bank):
+    assert [str(ref) for ref in bank.dependents("walker/walk@1")] == ["walker/both@1"]
+    assert [str(ref) for ref in bank.dependents("walker/walk@2")] == ["walker/gated@1", "walker/run@1"]
+    assert len(bank.dependents("walker/stand")) == 5
+    assert bank.dependents("walker/both") == []
+
+
+def test_what_is_needed_is_not_removed(bank):
+    with pytest.raises(ValueError, match="walker/walk@2 is needed by walker/gated@1, walker/run@1: remove these first, or force it"):
+        bank.remove("walker/walk@2")
+    bank.remove("walker/both")
+    with pytest.raises(ValueError, match="walker/walk@1 is needed by alias 'best'"):
+        bank.remove("walker/walk@1")
+    assert bank.verify() == []
+
+
+def test_a_removed_version_is_gone_and_its_number_is_never_used_again(bank):
+    assert bank.remove("walker/walk@2", force=True, reason="it limps") == Ref("walker/walk", 2)
+    assert bank.versions("walker/walk") == [1]
+    assert bank.resolve("walker/walk") == Ref("walker/walk", 1)
+    assert [path.name for path in (bank.root / "walker/walk/2").iterdir()] == ["tombstone.json"]
+    for lookup in (bank.get, bank.card, bank.path):
+        with pytest.raises(UnknownRef, match=r"walker/walk@2 was removed 20.*: it limps"):
+            lookup("walker/walk@2")
+    assert {problem.ref for problem in bank.verify()} == {"walker/gated@1", "walker/run@1"}
+    assert bank.put(skill_of(2), "walker/walk", card={"base": "walker/stand"}) == Ref("walker/walk", 3)
+
+
+def test_the_newest_number_is_not_reused_either(bank):
+    bank.remove("walker/both")
+    assert bank.versions("walker/both") == []
+    with pytest.raises(UnknownRef, match="no 'walker/both' in"):
+        bank.resolve("walker/both")
+    assert bank.put(skill_of(5), "walker/both", card={"base": "walker/stand"}) == Ref("walker/both", 2)
+
+
+def test_a_changed_tombstone_is_named(bank):
+    bank.remove("walker/both")
+    path = bank.root / "walker/both/1/tombstone.json"
+    path.write_bytes(path.read_bytes().replace(b"composition", b"compositiom"))
+    assert [str(problem) for problem in bank.verify()] == [
+        "walker/both@1: tombstone.json does not match its seal: it was changed after it was written"
+    ]
+
+
+def test_gc_finishes_an_interrupted_removal(bank, tmp_path):
+    shutil.copytree(bank.root / "walker/both/1", tmp_path / "copy")
+    bank.remove("walker/both")
+    shutil.copytree(tmp_path / "copy", bank.root / "walker/both/1", dirs_exist_ok=True)
+    assert bank.versions("walker/both") == []
+    swept = bank.gc()
+    assert {path.name for path in swept} == {"README.md", "card.json", "composition.json"}
+    assert bank.gc() == []
+    assert [path.name for path in (bank.root / "walker/both/1").iterdir()] == ["tombstone.json"]
+
+
+def test_gc_leaves_a_writer_at_work_alone(bank):
+    (bank.root / "walker/walk/.aliases-0").touch()
+    with temporary(bank.root) as folder:
+        assert bank.gc() == [bank.root / "walker/walk/.aliases-0"]
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert bank.gc() == []
