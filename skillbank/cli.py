@@ -1,21 +1,23 @@
-"""The command line: `skillbank list | show | log | verify`."""
+"""The command line: `skillbank list | show | log | alias | rm | gc | verify`."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
 from skillbank.bank import Bank, Card, Ref, UnknownRef
+from skillbank.bank.aliases import ANY, Expected
 from skillbank.bank.card import KINDS, flat, weighted
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.tree import Tree
 
 __all__ = ["app", "check_choices", "main", "user_errors"]
 
@@ -121,9 +123,16 @@ def show(ref: str, bank: _BankOption = _DEFAULT) -> None:
 
 
 @app.command()
-def log(name: str, bank: _BankOption = _DEFAULT) -> None:
-    """Show every version of a name, newest first, with aliases and parents."""
+def log(
+    name: Annotated[str, typer.Argument(help="A name; with --graph any reference.")],
+    bank: _BankOption = _DEFAULT,
+    graph: Annotated[bool, typer.Option("--graph", help="Show what the version was made from, and that from what, with weights.")] = False,
+) -> None:
+    """Show every version of a name, newest first, with aliases and parents, and how the aliases moved."""
     store = Bank(bank)
+    if graph:
+        _print(_tree(store.lineage(name)))
+        return
     store.resolve(Ref(name))
     aliases = store.aliases(name)
     table = _table("ref", "aliases", "content", "base", "parents", "metrics", "created")
@@ -133,6 +142,47 @@ def log(name: str, bank: _BankOption = _DEFAULT) -> None:
         marks = ", ".join(alias for alias, each in aliases.items() if each == number)
         table.add_row(str(Ref(name, number)), marks, card.hash[:12], _base(card), parents, _metrics(card), card.created)
     _print(table)
+    if moves := store.moves(name):
+        table = _table("when", "alias", "version", "protected")
+        for move in reversed(moves):
+            table.add_row(move.when, move.alias, "taken away" if move.version is None else str(move.version), "yes" if move.protected else "")
+        _print(table)
+
+
+@app.command()
+def alias(
+    ref: Annotated[str, typer.Argument(help="The version to point at; with --delete, the name.")],
+    alias: str,
+    bank: _BankOption = _DEFAULT,
+    expect: Annotated[int | None, typer.Option(help="Move it only if it points at this version now; 0: at nothing.")] = None,
+    protect: Annotated[bool | None, typer.Option(help="From now on it moves only together with --no-protect.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Take the alias away.")] = False,
+) -> None:
+    """Point an alias at a version."""
+    store = Bank(bank)
+    exact = store.resolve(ref)
+    expected: Expected = ANY if expect is None else expect or None
+    store.alias(exact.name, alias, None if delete else exact.number, expect=expected, protect=protect)
+    typer.echo(f"{exact.name}@{alias} is taken away" if delete else f"{exact.name}@{alias} is {exact}")
+
+
+@app.command()
+def rm(
+    ref: str,
+    bank: _BankOption = _DEFAULT,
+    force: Annotated[bool, typer.Option("--force", help="Even if versions or aliases need it.")] = False,
+    reason: Annotated[str, typer.Option(help="Why; it is kept.")] = "",
+) -> None:
+    """Take a version away for good; its number is never used again."""
+    typer.echo(f"{Bank(bank).remove(ref, force=force, reason=reason)} is removed")
+
+
+@app.command()
+def gc(bank: _BankOption = _DEFAULT, dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False) -> None:
+    """Remove what interrupted processes left behind."""
+    for path in (swept := Bank(bank).gc(dry_run=dry_run)):
+        typer.echo(str(path))
+    typer.echo(f"{len(swept)} {'to remove' if dry_run else 'removed'}")
 
 
 @app.command()
@@ -157,10 +207,21 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def _print(shown: Table | Tree) -> None:
     from rich.console import Console
 
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False).print(shown)
+
+
+def _tree(node: Mapping[str, Any]) -> Tree:
+    from rich.tree import Tree
+
+    weight = "" if node["weight"] is None else f"{node['weight']:g} "
+    tree = Tree(f"{weight}{node['ref']} ({node['kind']}, {node['hash'][:12]})")
+    for child in (node["base"], *node["parents"]):
+        if child is not None:
+            tree.children.append(_tree(child))
+    return tree
 
 
 def _print_fitting(columns: dict[str, list[str]]) -> None:

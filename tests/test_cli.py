@@ -88,6 +88,44 @@ def test_log(run):
     assert "best" in out
 
 
+def test_log_shows_how_aliases_moved(run, bank):
+    bank.alias("walker/walk", "best", None)
+    assert re.search(r"20\d\d-\S+ +best +taken away", run("log", "walker/walk")[1])
+
+
+def test_log_graph(run):
+    code, out, _ = run("log", "walker/both", "--graph")
+    assert code == 0
+    lines = [line.strip(" │├└─") for line in out.splitlines()]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "walker/both@1", "walker/stand@1", "0.75 walker/walk@1", "walker/stand@1", "0.25 walker/walk@2", "walker/stand@1",
+    ]  # fmt: skip
+
+
+def test_alias(run, bank):
+    assert run("alias", "walker/walk", "new", "--expect", "0", "--protect")[:2] == (0, "walker/walk@new is walker/walk@2\n")
+    code, _, err = run("alias", "walker/walk@1", "new")
+    assert (code, err) == (1, "skillbank: alias 'new' of 'walker/walk' is protected at version 2: unprotect it in the same call\n")
+    code, _, err = run("alias", "walker/walk@1", "best", "--expect", "2")
+    assert code == 1
+    assert "points at version 1, not at version 2 as expected" in err
+    assert run("alias", "walker/walk", "new", "--delete", "--no-protect")[:2] == (0, "walker/walk@new is taken away\n")
+    assert bank.aliases("walker/walk") == {"best": 1}
+
+
+def test_rm_and_gc(run, bank):
+    code, _, err = run("rm", "walker/walk@2")
+    assert code == 1
+    assert "walker/walk@2 is needed by walker/both@1" in err
+    assert run("rm", "walker/both", "--reason", "a trial")[:2] == (0, "walker/both@1 is removed\n")
+    assert "walker/both" not in run("list")[1]
+    left = bank.root / ".tmp-0"
+    left.mkdir()
+    assert run("gc", "--dry-run")[:2] == (0, f"{left}\n1 to remove\n")
+    assert run("gc")[:2] == (0, f"{left}\n1 removed\n")
+    assert run("gc")[:2] == (0, "0 removed\n")
+
+
 def test_verify(run, bank):
     assert run("verify")[:2] == (0, "4 versions are intact\n")
     assert run("verify", "walker/walk")[:2] == (0, "walker/walk@2 is intact\n")
