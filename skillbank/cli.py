@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -189,7 +190,8 @@ def gc(bank: _BankOption = _DEFAULT, dry_run: Annotated[bool, typer.Option("--dr
 def verify(ref: Annotated[str | None, typer.Argument(help="One version; the whole bank without it.")] = None, bank: _BankOption = _DEFAULT) -> None:
     """Check every byte of a version, or of the bank; exit code 1 when something is wrong."""
     store = Bank(bank)
-    problems = store.verify(ref)
+    with _progress("verify") as done:
+        problems = store.verify(ref, done=done)
     for problem in problems:
         typer.echo(str(problem), err=True)
     if problems:
@@ -211,6 +213,18 @@ def _print(shown: Table | Tree) -> None:
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(shown)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr that `done(so far, of)` moves; none where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=None)
+        yield lambda so_far, of: progress.update(bar, completed=so_far, total=of)
 
 
 def _tree(node: Mapping[str, Any]) -> Tree:

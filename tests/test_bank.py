@@ -198,6 +198,20 @@ def test_what_is_half_written_or_hidden_is_invisible(bank):
     assert bank.put(skill_of(5), "walker/walk") == Ref("walker/walk", 3)
 
 
+def test_verify_names_what_stands_on_what_is_wrong(bank):
+    path = bank.path("walker/walk@2") / "adapter_model.safetensors"
+    path.write_bytes(b"")
+    problem = next(each for each in bank.verify() if each.ref == "walker/walk@2")
+    assert problem.affects == ("walker/both@1", "walker/gated@1", "walker/run@1")
+    assert str(problem).endswith("(affects walker/both@1, walker/gated@1, walker/run@1)")
+
+
+def test_verify_tells_how_far_it_is(bank):
+    told = []
+    bank.verify(done=lambda so_far, of: told.append((so_far, of)), workers=3)
+    assert told == [(count, 6) for count in range(7)]
+
+
 def test_intact(bank):
     assert bank.verify() == []
     assert bank.verify("walker/gated") == []

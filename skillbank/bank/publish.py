@@ -66,11 +66,12 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     parent.mkdir(parents=True, exist_ok=True)
     number = 0
     while True:
+        taken = _taken(parent)  # before the search for equals: what comes in between makes the rename fail
         for ref in (Ref(name, number) for number in bank.versions(name)):
             other = bank.card(ref)
             if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
                 return ref
-        number = max(number, *_taken(parent), 0) + 1
+        number = max(number, *taken, 0) + 1
         try:
             folder.rename(parent / str(number))
         except OSError as error:

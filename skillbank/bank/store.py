@@ -13,7 +13,7 @@ import builtins
 import errno
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -160,11 +160,20 @@ class Bank:
         """Where a version comes from: `{"ref", "kind", "hash", "weight", "base", "parents"}`, base and parents of the same form or None."""
         return self._lineage(self.resolve(ref), None)
 
-    def verify(self, ref: str | Ref | None = None) -> builtins.list[Problem]:
-        """Check every byte of a version, or of the whole bank, and its links; an empty list says that all is well."""
+    def verify(
+        self, ref: str | Ref | None = None, *, done: Callable[[int, int], None] = lambda _so_far, _of: None, workers: int | None = None
+    ) -> builtins.list[Problem]:
+        """Check every byte of a version, or of the whole bank, and its links; an empty list says that all is well.
+
+        Args:
+            ref: one version; None for all.
+            done: called with the number of versions that are checked, and of all.
+            workers: threads; None lets Python choose.
+
+        """
         from skillbank.bank.verify import verify
 
-        return verify(self, ref)
+        return verify(self, ref, done=done, workers=workers)
 
     def get(self, ref: str | Ref) -> Thing:
         """Read a skill, a base or a composition, after checking every file and every link of the version against its card.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,28 +24,59 @@ __all__ = ["Problem", "check_files", "check_links", "verify"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: in which version, in which file, and what."""
+    """One thing that is wrong: in which version, in which file, what, and which versions stand on that version."""
 
     ref: str
     file: str
     what: str
+    affects: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.ref}: {self.file} {self.what}"
+        return f"{self.ref}: {self.file} {self.what}" + (f" (affects {', '.join(self.affects)})" if self.affects else "")
 
 
-def verify(bank: Bank, ref: str | Ref | None = None) -> list[Problem]:
-    """Every problem of one version and the aliases of its name, or of all versions and aliases."""
-    if ref is not None:
-        ref = bank.resolve(ref)
-        return [*_check_aliases(bank, ref.name, bank.versions(ref.name)), *_check_version(bank, ref)]
-    problems = list(_check_tombstones(bank))
-    for name, numbers in bank.names():
+def verify(bank: Bank, ref: str | Ref | None, *, done: Callable[[int, int], None], workers: int | None) -> list[Problem]:
+    """Every problem of one version and the aliases of its name, or of all versions and aliases; `done(so far, of)` after every version."""
+    names = dict(bank.names())
+    if ref is None:
+        refs = [Ref(name, number) for name, numbers in names.items() for number in numbers]
+        problems = list(_check_tombstones(bank))
+    else:
+        refs, problems = [bank.resolve(ref)], []
+        names = {refs[0].name: names[refs[0].name]}
+    for name, numbers in names.items():
         problems += _check_aliases(bank, name, numbers)
-        for number in numbers:
-            problems += _check_version(bank, Ref(name, number))
-    return problems
+    done(0, len(refs))
+    with ThreadPoolExecutor(workers) as pool:  # hashing and reading let go of the interpreter's lock
+        for count, found in enumerate(pool.map(lambda each: list(_check_version(bank, each)), refs), 1):
+            problems += found
+            done(count, len(refs))
+    return _with_affected(bank, problems) if problems else []
+
+
+def _with_affected(bank: Bank, problems: list[Problem]) -> list[Problem]:
+    """The same problems with every version that stands on a wrong one, directly or not."""
+    above: dict[str, list[str]] = {}
+    for name, numbers in bank.names():
+        for each in (Ref(name, number) for number in numbers):
+            try:
+                card = bank.card(each)
+            except ValueError:
+                continue
+            for link in {link["ref"] for link in (card.base, *card.parents) if link is not None and link["ref"] is not None}:
+                above.setdefault(link, []).append(str(each))
+
+    def all_above(ref: str) -> tuple[str, ...]:
+        seen: set[str] = set()
+        waiting = [ref]
+        while waiting:
+            new = set(above.get(waiting.pop(), ())) - seen
+            seen |= new
+            waiting += new
+        return tuple(sorted(seen))
+
+    return [replace(problem, affects=all_above(problem.ref)) for problem in problems]
 
 
 def check_files(folder: Path, ref: Ref, card: Card) -> Iterator[Problem]:
