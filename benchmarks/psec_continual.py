@@ -167,9 +167,9 @@ class Study:
 
     def psec(self, scenario: str) -> Model:
         """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
-        plain = ("task.observation_noise=0.0", "task.balance=0.0")
+        plain = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null")
         fit = ("fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant", "batch_size=512")
-        gate = ("gate=official", "rehearsal=none", "standardise=false", *fit, *plain)
+        gate = ("gate=official", "standardise=false", *fit, *plain)
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 
     def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
@@ -194,13 +194,13 @@ class Study:
             made.append(self.train(task, recipe, f"start=[{','.join(made)}]"))
         return made
 
-    def ours_skill(self, scenario: str) -> Model:
-        """The newest skill of this library's recipe alone; for S+W->R it stands on the walk skill."""
+    def ours(self, scenario: str) -> Model:
+        """This library's recipe: the newest skill; for S+W->R it stands on the walk skill."""
         return self.load(self.own_skills(scenario)[-1], temperature=0.5)
 
-    def ours(self, scenario: str) -> Model:
-        """This library's recipe: the same skills under a gate that has seen where the base is at home."""
-        return self.load(self.compose(scenario, "ours", self.own_skills(scenario), "gate=mlp"), temperature=0.5)
+    def ours_gate(self, scenario: str) -> Model:
+        """The same skills under a gate that starts there and is trained on the same examples."""
+        return self.load(self.compose(scenario, "ours-gate", self.own_skills(scenario), "gate=mlp"), temperature=0.5)
 
     def paper_skills(self, scenario: str) -> list[str]:
         """Skills of the paper's recipe, each trained from the base."""
@@ -216,8 +216,8 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "asec": partial(Study.level, kind=ActionLevel),
     "nsec": partial(Study.level, kind=NoiseLevel),
     "psec": Study.psec,
-    "ours-skill": Study.ours_skill,
     "ours": Study.ours,
+    "ours-gate": Study.ours_gate,
 }
 
 

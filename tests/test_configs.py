@@ -30,7 +30,6 @@ OPTIONAL_IN = {
     "experiment": ("train", "compose"),
     "gate": ("compose",),
     "merge": ("compose",),
-    "rehearsal": ("compose",),
     "model": ("train",),
     "lora": ("train",),
 }
@@ -48,7 +47,7 @@ def composed(name, *overrides):
 
 def test_every_group_is_known():
     assert len(YAMLS) > 10
-    assert {path.parts[0] for path in CHOICES} == {"experiment", "fit", "gate", "logger", "lora", "merge", "model", "rehearsal", "task"}
+    assert {path.parts[0] for path in CHOICES} == {"experiment", "fit", "gate", "logger", "lora", "merge", "model", "task"}
     assert {path.as_posix() for path in YAMLS if len(path.parts) == 1} == {"train", "compose"}
 
 
@@ -79,15 +78,6 @@ def test_every_task(name, monkeypatch):
     assert batch["observation"].shape == (4, task.observation_dim)
     assert len(list(task.validation(batch_size=1024))) > 0
     assert task.environment_seeds()
-
-
-@pytest.mark.parametrize("name", [name for name in choices("rehearsal") if name != "none"])
-def test_every_rehearsal_belongs_to_a_task_and_can_be_left_out(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with_it, without = (composed("compose", f"task={name}", "skills=[a]", *more).task for more in ([], ["rehearsal=none"]))
-    assert with_it.rehearsal.share > 0
-    assert set(with_it) - set(without) == {"rehearsal"}
-    assert len(instantiate(with_it, _convert_="all").data) == 2
 
 
 @pytest.mark.parametrize("name", choices("model"))
@@ -161,7 +151,8 @@ def home(tmp_path_factory, command):
 
 
 def common(name):
-    return [f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "bank=bank", "episodes=0", *QUICK]
+    rehearsal = [] if name == "stand" else ["task.rehearsal.demonstrations=stand.npz", "task.rehearsal.episodes=2"]
+    return [*rehearsal, f"task.demonstrations={name}.npz", "++task.episodes=2", "task.held_out=1", "bank=bank", "episodes=0", *QUICK]
 
 
 def test_train(home):
@@ -173,7 +164,7 @@ def test_train(home):
     card = bank.card("walker/walk@2")
     assert card.conf["seed"] == 1
     assert card.base["ref"] == "walker/stand@1"
-    assert list(card.data) == ["walk.npz"]
+    assert list(card.data) == ["stand.npz", "walk.npz"]
     assert card.metrics["step"] == 12
     assert [parent["ref"] for parent in bank.card("walker/run").parents] == ["walker/walk@2"]
 
@@ -181,7 +172,6 @@ def test_train(home):
 def test_compose_a_gate_with_its_report(home, command):
     """The command of the README, evaluated for a few steps in the simulator."""
     arguments = ["task=walker/run", "skills=[walker/walk,walker/run]", "gate=mlp", *common("run"), "episodes=1", "+task.max_steps=3"]
-    arguments += ["task.rehearsal.demonstrations=stand.npz", "task.rehearsal.episodes=null"]
     code, out, err = command(home, "compose", *arguments)
     assert code == 0, err
     table = [[cell.strip() for cell in line.split("|")[1:3]] for line in out.splitlines() if line.startswith("|")]
@@ -193,7 +183,6 @@ def test_compose_a_gate_with_its_report(home, command):
     bank = sb.Bank(home / "bank")
     card = bank.card("walker/run-from-stand-walk")
     assert float(table[-1][1]) == pytest.approx(card.metrics["return"], rel=0.01)
-    assert list(card.data) == ["run.npz", "stand.npz"]
     assert bank.get("walker/run-from-stand-walk").tensors["deviation"].std() > 0
     assert isinstance(sb.load("walker/run-from-stand-walk", bank), sb.Composed)
 
@@ -204,7 +193,6 @@ def test_compose_a_merge(home, command):
         "task=walker/run",
         "skills=[walker/walk@1,walker/run]",
         "merge=svd",
-        "rehearsal=none",
         "merge.rank=1",
         "weights=[40,-30]",
         "name=merged",
@@ -216,7 +204,7 @@ def test_compose_a_merge(home, command):
     card = bank.card("merged")
     assert 0 < card.metrics["merge_error"] < 1
     conf = OmegaConf.create(card.conf["task"])
-    conf.demonstrations = str(home / "run.npz")
+    conf.demonstrations, conf.rehearsal.demonstrations = str(home / "run.npz"), str(home / "stand.npz")
     task = instantiate(conf, _convert_="all")
     assert card.metrics["return"] == task.evaluate(sb.load("merged", bank), episodes=1)["return"]
     assert card.metrics["return"] != task.evaluate(sb.load("walker/stand", bank), episodes=1)["return"]
@@ -228,7 +216,8 @@ def test_a_killed_command_resumes(home, command):
     for folder in (whole, home / "killed"):
         folder.mkdir()
         (folder / "bank").symlink_to(home / "bank")
-        (folder / "walk.npz").symlink_to(home / "walk.npz")
+        for name in ("stand.npz", "walk.npz"):
+            (folder / name).symlink_to(home / name)
     process = start(home / "killed", "train", *arguments, "name=killed/walk")
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
@@ -267,7 +256,7 @@ def metrics(folder):
         ("train", ["start=[walker/walk]"], "skillbank: the skills to stand on belong to base 'walker/stand@1'"),
         ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
         ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
-        ("compose", ["skills=[walker/stand]", "gate=mlp", "rehearsal=none"], "skillbank: .*is a base, a skill is needed here"),
+        ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
         ("compose", ["gate=mlp"], "skillbank: Missing mandatory value: skills"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,

@@ -82,7 +82,7 @@ class Examples:
 
 
 class Rehearsal:
-    """Steps of an old task that a gate sees beside the new one's: where the new skill is not at home and an older one, or the base, is.
+    """Steps of an old task among the new one's, so that what they have in common is not forgotten.
 
     Args:
         new: the examples of the new task.
