@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ import typer
 from skillbank.bank import Bank, Card, Ref, UnknownRef
 from skillbank.bank.aliases import ANY, Expected
 from skillbank.bank.card import KINDS, flat, weighted
+from skillbank.bank.query import field
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank.")]
+_JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 _DEFAULT = Path("adapters")
 _TELLING = ("return", "loss", "validation", "merge_error")
 _USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, PermissionError)
@@ -92,26 +95,42 @@ def list_(
     bank: _BankOption = _DEFAULT,
     kind: Annotated[str | None, typer.Option(help=f"Only this kind: {', '.join(KINDS)}.")] = None,
     pattern: Annotated[str | None, typer.Argument(help="Only names that match, such as 'walker/*'.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only what belongs to this base.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Only cards that fulfil this, such as 'metrics.return > 600' or 'tags ~ dmc'.")] = None,
+    sort: Annotated[str | None, typer.Option(help="By this field of the card, largest first, such as metrics.return.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every version, not the newest of every name alone.")] = False,
+    json: _JsonOption = False,
 ) -> None:
-    """List the newest version of every name."""
-    newest = {entry.ref.name: entry for entry in Bank(bank).list(kind, pattern)}
+    """List the newest version of every name that is asked for."""
+    entries = Bank(bank).list(kind, pattern, base=base, where=where or ())
+    if not every:
+        entries = list({entry.ref.name: entry for entry in entries}.values())
+    if sort is not None:
+        known = [(entry, value) for entry in entries if isinstance(value := field(entry.card, sort), int | float)]
+        entries = [entry for entry, _ in sorted(known, key=lambda each: -each[1])]
+    if json:
+        _print_json([{"ref": str(entry.ref), **asdict(entry.card)} for entry in entries])
+        return
     columns = {
-        "ref": [str(entry.ref) for entry in newest.values()],
-        "metrics": [_metrics(entry.card) for entry in newest.values()],
-        "kind": [entry.card.kind for entry in newest.values()],
-        "base": [_base(entry.card) for entry in newest.values()],
-        "parents": [str(len(entry.card.parents) or "") for entry in newest.values()],
-        "created": [entry.card.created[:10] for entry in newest.values()],
+        "ref": [str(entry.ref) for entry in entries],
+        "metrics": [_metrics(entry.card) for entry in entries],
+        "kind": [entry.card.kind for entry in entries],
+        "base": [_base(entry.card) for entry in entries],
+        "parents": [str(len(entry.card.parents) or "") for entry in entries],
+        "created": [entry.card.created[:10] for entry in entries],
     }
     _print_fitting(columns)
 
 
 @app.command()
-def show(ref: str, bank: _BankOption = _DEFAULT) -> None:
+def show(ref: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) -> None:
     """Show the card of one version."""
     store = Bank(bank)
     exact = store.resolve(ref)
     card = store.card(exact)
+    if json:
+        _print_json({"ref": str(exact), **asdict(card)})
+        return
     table = _table("field", "value", title=str(exact))
     for key, value in _fields(card):
         table.add_row(key, value)
@@ -225,6 +244,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=None)
         yield lambda so_far, of: progress.update(bar, completed=so_far, total=of)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _tree(node: Mapping[str, Any]) -> Tree:

@@ -1,5 +1,6 @@
 """The command line: tables, exit codes, and errors of one line."""
 
+import json
 import os
 import re
 import resource
@@ -61,6 +62,30 @@ def test_list(run):
     assert "walker/walk@1" not in out
     assert "walker/walk" not in run("list", "--kind", "base")[1]
     assert "walker/stand" not in run("list", "walker/w*")[1].replace("walker/stand@1", "")
+
+
+def test_list_what_is_asked_for(run):
+    def listed(*arguments):
+        code, out, err = run("list", "--json", *arguments)
+        assert code == 0, err
+        return [entry["ref"] for entry in json.loads(out)]
+
+    assert listed() == ["walker/both@1", "walker/stand@1", "walker/walk@2"]
+    assert listed("--all", "--kind", "skill") == ["walker/walk@1", "walker/walk@2"]
+    assert listed("--base", "walker/stand") == ["walker/both@1", "walker/walk@2"]
+    assert listed("--where", "metrics.return > 500", "--where", "conf.lora.rank = 2") == ["walker/walk@2"]
+    assert listed("--where", "metrics.return > 600") == []
+    assert listed("--all", "--sort", "metrics.return") == ["walker/walk@1", "walker/walk@2"]
+    code, _, err = run("list", "--where", "return")
+    assert (code, err[:45]) == (1, "skillbank: 'return' is no condition: give a f")
+    code, _, err = run("list", "--base", "walker/satnd")
+    assert (code, "did you mean 'walker/stand'" in err) == (1, True)
+
+
+def test_show_as_json(run, bank):
+    code, out, _ = run("show", "walker/walk", "--json")
+    assert code == 0
+    assert json.loads(out)["hash"] == bank.card("walker/walk").hash
 
 
 @pytest.mark.parametrize(("width", "last"), [(80, "base"), (50, "metrics"), (8, "ref")])

@@ -1,9 +1,10 @@
 """Versions on disk: put, get, list, resolve, verify. Importing it imports no torch."""
 
 from skillbank.bank.card import BaseLink, Card, Parent
+from skillbank.bank.query import Where
 from skillbank.bank.records import Base, Composition, base_fingerprint
 from skillbank.bank.refs import Ref, UnknownRef
 from skillbank.bank.store import Bank, Entry
 from skillbank.bank.verify import Problem
 
-__all__ = ["Bank", "Base", "BaseLink", "Card", "Composition", "Entry", "Parent", "Problem", "Ref", "UnknownRef", "base_fingerprint"]
+__all__ = ["Bank", "Base", "BaseLink", "Card", "Composition", "Entry", "Parent", "Problem", "Ref", "UnknownRef", "Where", "base_fingerprint"]

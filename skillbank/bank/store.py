@@ -24,6 +24,7 @@ from skillbank.bank.aliases import ALIASES_FILE, ANY, Expected, Move, move, read
 from skillbank.bank.card import CARD_FILE, KINDS, Card, check_extra, content_hash, tool_versions
 from skillbank.bank.links import common_base, links
 from skillbank.bank.publish import file_entry, publish, temporary
+from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
 from skillbank.bank.refs import Ref, UnknownRef, check_name, parse_version
 from skillbank.bank.removal import TOMBSTONE_FILE, dependents, gc, remove, tombstone
@@ -144,13 +145,30 @@ class Bank:
         """
         return self._card(self.resolve(ref))
 
-    def list(self, kind: str | None = None, pattern: str | None = None) -> builtins.list[Entry]:
-        """Every version of a kind, of the names that match a shell pattern such as `walker/*`, by name and number."""
+    def list(
+        self, kind: str | None = None, pattern: str | None = None, *, base: str | Ref | None = None, where: Iterable[str | Where] = ()
+    ) -> builtins.list[Entry]:
+        """Every version that is asked for, by name and number.
+
+        Args:
+            kind: `base`, `skill` or `composition`; None for all.
+            pattern: shell pattern that the name matches, such as `walker/*`.
+            base: reference of the base that it belongs to.
+            where: conditions on the card that all hold, such as `metrics.return > 600`, see `Where`.
+
+        Raises:
+            ValueError: an unknown kind or a condition of another form.
+            UnknownRef: no such base.
+
+        """
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind={kind!r}: a bank holds {', '.join(KINDS)}")
         names = [(name, numbers) for name, numbers in self.names() if pattern is None or fnmatch.fnmatchcase(name, pattern)]
         entries = [Entry(ref, self._card(ref)) for name, numbers in names for ref in (Ref(name, number) for number in numbers)]
-        return [entry for entry in entries if kind is None or entry.card.kind == kind]
+        conditions = [each if isinstance(each, Where) else Where.parse(each) for each in where]
+        conditions += [] if kind is None else [Where("kind", "=", kind)]
+        conditions += [] if base is None else [Where("base.ref", "=", str(self.resolve(base)))]
+        return [entry for entry in entries if all(condition(entry.card) for condition in conditions)]
 
     def base_of(self, refs: Iterable[str | Ref]) -> Ref:
         """Exact reference of the base that all of `refs` share; a ValueError names the bases where they differ."""

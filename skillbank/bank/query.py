@@ -1,0 +1,78 @@
+"""Questions to cards: `metrics.return > 600`, `tags ~ dmc`, `base.ref = walker/stand@1`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skillbank.bank.card import Card
+
+__all__ = ["Where", "field"]
+
+_FORM = re.compile(r"\s*(?P<field>[\w./-]+)\s*(?P<sign><=|>=|!=|==|=|<|>|~)\s*(?P<value>.*?)\s*")
+_SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "~": lambda found, wanted: str(wanted).lower() in str(found).lower(),
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """A condition on one field of a card.
+
+    Args:
+        field: path in the card, such as `metrics.return` or `conf.lora.rank`.
+        sign: `<`, `<=`, `>`, `>=`, `=` (also `==`), `!=`, or `~`: contains, whatever the case.
+        value: a number where it reads as one, otherwise text.
+
+    """
+
+    field: str
+    sign: str
+    value: float | str
+
+    @classmethod
+    def parse(cls, text: str) -> Where:
+        """Read `field sign value`.
+
+        Raises:
+            ValueError: another form.
+
+        """
+        match = _FORM.fullmatch(text)
+        if match is None or not match["value"]:
+            raise ValueError(f"{text!r} is no condition: give a field, one of {' '.join(_SIGNS)} and a value, such as 'metrics.return > 600'")
+        value = match["value"].strip("'\"")
+        try:
+            return cls(match["field"], match["sign"], float(value))
+        except ValueError:
+            return cls(match["field"], match["sign"], value)
+
+    def __call__(self, card: Card) -> bool:
+        """Whether a card fulfils it; one without the field does not, and neither does a number compared with a text."""
+        found = field(card, self.field)
+        if found is None:
+            return False
+        if self.sign == "~":
+            return _SIGNS["~"](found, f"{self.value:g}" if isinstance(self.value, float) else self.value)
+        alike = isinstance(found, int | float) == isinstance(self.value, float)
+        return _SIGNS[self.sign](found, self.value) if alike else self.sign == "!="
+
+
+def field(card: Card, path: str) -> Any:
+    """Value at a dotted path in a card, None where there is none."""
+    value: Any = asdict(card)
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
