@@ -12,7 +12,7 @@ from skillbank.bank.refs import Ref
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["common_base", "links", "recompute_fingerprint"]
+__all__ = ["common_base", "lineage", "links", "recompute_fingerprint"]
 
 
 def links(bank: Bank, thing: Thing, base: Any, parents: Iterable[Any]) -> tuple[Thing, BaseLink | None, tuple[Parent, ...]]:
@@ -56,6 +56,15 @@ def common_base(bank: Bank, refs: Iterable[str | Ref]) -> Ref:
     if len(set(found.values())) != 1:
         raise ValueError(f"one common base is needed, got {found or 'no references'}")
     return Ref.parse(next(iter(found.values())))
+
+
+def lineage(bank: Bank, ref: str | Ref, weight: float | None = None) -> dict[str, Any]:
+    """Where a version comes from, see `Bank.lineage`."""
+    exact = bank.resolve(ref)
+    card = bank.card(exact)
+    base = None if card.base is None or card.base["ref"] is None else lineage(bank, card.base["ref"])
+    parents = [lineage(bank, parent["ref"], parent["weight"]) for parent in card.parents]
+    return {"ref": str(exact), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
 
 
 def recompute_fingerprint(bank: Bank, ref: Ref, card: Card) -> str:

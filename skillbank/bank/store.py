@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from skillbank.bank.aliases import ALIASES_FILE, ANY, Expected, Move, move, read_moves, table
 from skillbank.bank.card import CARD_FILE, KINDS, Card, check_extra, content_hash, tool_versions
-from skillbank.bank.links import common_base, links
+from skillbank.bank.links import common_base, lineage, links
 from skillbank.bank.publish import file_entry, publish, temporary
 from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, kind_of, read_payload, write_payload
@@ -176,7 +176,7 @@ class Bank:
 
     def lineage(self, ref: str | Ref) -> dict[str, Any]:
         """Where a version comes from: `{"ref", "kind", "hash", "weight", "base", "parents"}`, base and parents of the same form or None."""
-        return self._lineage(self.resolve(ref), None)
+        return lineage(self, ref)
 
     def verify(
         self, ref: str | Ref | None = None, *, done: Callable[[int, int], None] = lambda _so_far, _of: None, workers: int | None = None
@@ -330,12 +330,6 @@ class Bank:
             listed = ", ".join(f"{each} ({content[:16]})" for content, each in found[:5])
             raise ValueError(f"{str(ref)!r} is ambiguous, it fits {listed}: give more digits")
         return found[0][1]
-
-    def _lineage(self, ref: Ref, weight: float | None) -> dict[str, Any]:
-        card = self._card(ref)
-        base = None if card.base is None or card.base["ref"] is None else self._lineage(self.resolve(card.base["ref"]), None)
-        parents = [self._lineage(self.resolve(parent["ref"]), parent["weight"]) for parent in card.parents]
-        return {"ref": str(ref), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
