@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skillbank.attach import attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Composition, Ref
     from skillbank.certificate import Certificate
+    from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.load import load
@@ -29,6 +30,7 @@ _HOME = {
     "attach": ["attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Composition", "Ref"],
     "certificate": ["Certificate"],
+    "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "load": ["load"],
@@ -54,11 +56,13 @@ __all__ = [
     "check_model",
     "cosine",
     "detach",
+    "export",
     "fit",
     "fold",
     "fresh",
     "gram",
     "grow",
+    "import_adapter",
     "load",
     "merge",
     "read",

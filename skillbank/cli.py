@@ -1,4 +1,4 @@
-"""The command line: `skillbank list | show | log | alias | rm | gc | verify`."""
+"""The command line: `skillbank list | show | log | alias | import | export | rm | gc | verify`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="F
 _JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 _DEFAULT = Path("adapters")
 _TELLING = ("return", "loss", "validation", "merge_error")
-_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, PermissionError)
+_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError)
 
 
 def user_errors(run: Callable[P, T]) -> Callable[P, T]:
@@ -184,6 +184,33 @@ def alias(
     expected: Expected = ANY if expect is None else expect or None
     store.alias(exact.name, alias, None if delete else exact.number, expect=expected, protect=protect)
     typer.echo(f"{exact.name}@{alias} is taken away" if delete else f"{exact.name}@{alias} is {exact}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A PEFT adapter, as save_pretrained wrote it.")],
+    name: Annotated[str, typer.Argument(help="The name that it gets.")],
+    bank: _BankOption = _DEFAULT,
+    base: Annotated[str | None, typer.Option(help="Its base in the bank.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Words to find it by.")] = None,
+) -> None:
+    """Put a PEFT LoRA adapter into the bank."""
+    from skillbank.exchange import import_adapter
+
+    typer.echo(str(import_adapter(folder, Bank(bank), name, base=base, card={"tags": tag or []})))
+
+
+@app.command()
+def export(
+    ref: str,
+    folder: Annotated[Path, typer.Argument(help="Where to; made here.")],
+    bank: _BankOption = _DEFAULT,
+    merged: Annotated[bool, typer.Option("--merged", help="The base's weights with the skill added, instead of an adapter.")] = False,
+) -> None:
+    """Write a skill or a merge as a PEFT adapter, or folded into its base."""
+    from skillbank.exchange import export
+
+    typer.echo(str(export(ref, folder, Bank(bank), merged=merged)))
 
 
 @app.command()

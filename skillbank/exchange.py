@@ -1,0 +1,94 @@
+"""In from PEFT's folders, and out to them or to plain weights with everything folded in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skillbank.adapter import CONFIG_FILE, read_adapter, write_adapter
+from skillbank.attach import fold
+from skillbank.bank import Bank, Base, Composition, Ref
+from skillbank.bank.records import write_payload
+from skillbank.load import build_base, skills_on_base
+from skillbank.merge import merge
+from skillbank.skill import Skill
+
+__all__ = ["export", "import_adapter"]
+
+
+def import_adapter(folder: str | Path, bank: Bank, name: str, *, base: str | None = None, card: Mapping[str, Any] | None = None) -> Ref:
+    """Put a PEFT LoRA adapter into a bank, its scale folded in.
+
+    Args:
+        folder: what PEFT's `save_pretrained` wrote.
+        bank: where it goes.
+        name: the name that it gets.
+        base: reference of its base in the bank; without it the card names the base that the adapter's own configuration names.
+        card: further fields of the card, see `Bank.put`.
+
+    Returns:
+        The exact reference.
+
+    Raises:
+        FileNotFoundError: a file of the adapter is missing.
+        ValueError: an adapter that B @ A cannot represent, or that does not fit the base.
+
+    """
+    skill = read_adapter(folder)
+    config = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
+    named = config.get("base_model_name_or_path")
+    fields = {"notes": f"Imported from the PEFT adapter {Path(folder).name!r}.", **(card or {})}
+    if base is not None or named:
+        fields["base"] = base if base is not None else {"name": named}
+    options = {"base_name": named, "fan_in_fan_out": bool(config.get("fan_in_fan_out")), "task_type": config.get("task_type")}
+    return bank.put(skill, name, card=fields, adapter=options)
+
+
+def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) -> Path:
+    """Write a version for other tools.
+
+    Args:
+        ref: a skill, a composition that is a merge, or, where `merged`, also a base.
+        folder: made here; it must be empty or not there yet.
+        bank: where the version is.
+        merged: write the base's weights with the skill added to them, as `model.safetensors` with the model's conf beside them, instead of a
+            PEFT adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        ValueError: a base alone is no adapter; a gate's weights depend on the input, so that no adapter and no weights hold them.
+
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{str(folder)!r} holds something already: export to another folder")
+    thing = bank.get(ref)
+    if isinstance(thing, Base):
+        if not merged:
+            raise ValueError(f"{ref!r} is a base, no adapter: export it with merged=True (--merged)")
+        skill, base = None, thing
+    else:
+        skill = thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
+        if not merged:
+            write_adapter(skill, folder)
+            return folder
+        found = bank.get(bank.base_of([ref]))
+        assert isinstance(found, Base)
+        base = found
+    model = build_base(base)
+    if skill is not None:
+        fold(model.net, skill)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_payload(Base(base.model, model.state_dict()), folder, {}, {})
+    return folder
+
+
+def _merged(bank: Bank, ref: str, composition: Composition) -> Skill:
+    if composition.merge is None:
+        raise ValueError(f"{ref!r} has a gate, whose weights depend on the input: no adapter and no weights hold it; load it with skillbank.load")
+    return merge(skills_on_base(bank, composition.skills)[2], **composition.merge)
