@@ -19,16 +19,19 @@ FILES = {
     if path != PACKAGE / "__init__.py"
 }
 
-ORDER = ["certificate", "tensors", "skill", "adapter", "attach", "model", "merge", "bank", "gate", "load", "fit", "models", "tasks", "report", "cli"]
+ORDER = [
+    *("words", "certificate", "tensors", "skill", "adapter", "attach", "model", "merge", "bank", "gate", "load", "exchange"),
+    *("fit", "models", "tasks", "report", "cli"),
+]
 """Reading order: at module level a part of the package imports from those before it only."""
 
-BANK = ["refs", "sealed", "card", "records", "links", "verify", "store"]
+BANK = ["refs", "sealed", "card", "aliases", "query", "records", "links", "publish", "removal", "verify", "store"]
 """Reading order inside the bank."""
 
 HOMES = {
     "accelerate": {"fit"},
     "dm_control": {"tasks.environments"},
-    "filelock": {"bank.store"},
+    "filelock": {"bank.sealed"},
     "gymnasium": {"tasks.environments"},
     "h5py": {"tasks.demonstrations"},
     "hydra": set(),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skillbank.bank.refs import check_alias
-from skillbank.bank.sealed import fsync, seal, unseal, write_new
+from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
 
 __all__ = ["ALIASES_FILE", "ANY", "Expected", "Move", "move", "read_moves", "table"]
 
@@ -76,10 +76,8 @@ def move(folder: Path, name: str, alias: str, version: int | None, *, expect: Ex
         ValueError: the alias points elsewhere than expected, or is protected.
 
     """
-    from filelock import FileLock
-
     check_alias(alias)
-    with FileLock(folder / ALIASES_LOCK):
+    with locked(folder / ALIASES_LOCK):
         moves = read_moves(folder)
         now = table(moves).get(alias, Move(alias, None))
         if expect not in (ANY, now.version):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
 from skillbank.bank.refs import Ref, parse_version
-from skillbank.bank.sealed import file_digest, fsync, write_new
+from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
@@ -29,12 +29,10 @@ TEMPORARY = ".tmp-"
 @contextmanager
 def temporary(root: Path) -> Iterator[Path]:
     """An empty hidden folder in a bank, gone after the block; while its lock is held, `gc` leaves it alone."""
-    from filelock import FileLock
-
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{TEMPORARY}{uuid.uuid4().hex}"
     lock = lock_of(folder)
-    with FileLock(lock):
+    with locked(lock):
         try:
             folder.mkdir()
             yield folder

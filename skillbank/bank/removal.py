@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from skillbank.bank.aliases import ALIASES_LOCK, ALIASES_TEMPORARY
 from skillbank.bank.publish import TEMPORARY, lock_of
 from skillbank.bank.refs import Ref
-from skillbank.bank.sealed import fsync, seal, unseal, write_new
+from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
@@ -87,23 +87,19 @@ def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
 
 def _free(path: Path, dry_run: bool) -> bool:
     """Whether a temporary folder, or the lock of one, is nobody's; it is removed then."""
-    from filelock import FileLock, Timeout
-
     folder = path.with_suffix("")
     try:
-        with FileLock(lock_of(folder), blocking=False):
+        with locked(lock_of(folder), wait=False):
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
                 lock_of(folder).unlink(missing_ok=True)
-    except Timeout:
+    except TimeoutError:
         return False
     return path == folder
 
 
 def _free_aliases(folder: Path, dry_run: bool) -> list[Path]:
-    from filelock import FileLock
-
-    with FileLock(folder / ALIASES_LOCK):
+    with locked(folder / ALIASES_LOCK):
         found = sorted(folder.glob(f"{ALIASES_TEMPORARY}*"))
         for path in found if not dry_run else ():
             path.unlink()

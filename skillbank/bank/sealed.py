@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["canonical", "file_digest", "fsync", "seal", "unseal", "write_new"]
+__all__ = ["canonical", "file_digest", "fsync", "locked", "seal", "unseal", "write_new"]
 
 _LARGEST = 16 * 2**20
 _BLANK = b"0" * 64
@@ -64,6 +65,20 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which the system lets go of when the process ends.
+
+    Raises:
+        TimeoutError: another holds it, and this one is not to wait.
+
+    """
+    from filelock import FileLock
+
+    with FileLock(path, blocking=wait):
+        yield
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -185,8 +185,8 @@ class Bank:
 
         Args:
             ref: one version; None for all.
-            done: called with the number of versions that are checked, and of all.
-            workers: threads; None lets Python choose.
+            done: called with the numbers of versions that are checked, and of all.
+            workers: threads.
 
         """
         from skillbank.bank.verify import verify
@@ -249,7 +249,7 @@ class Bank:
         Args:
             name: the name.
             alias: the alias.
-            version: number of the version, None to take the alias away.
+            version: its number, None to take the alias away.
             expect: move it only if it points at this version now (None: at nothing); `"any"` does not look.
             protect: from now on it moves only together with `protect=False`; None leaves that as it is.
 
