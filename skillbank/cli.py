@@ -1,4 +1,4 @@
-"""The command line: `skillbank list | show | log | alias | import | export | rm | gc | verify`."""
+"""The command line: `skillbank list | show | log | alias | import | export | push | pull | rm | gc | verify`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 _BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+_UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank.")]
+_RefsArgument = Annotated[list[str] | None, typer.Argument(help="Which versions; all without.")]
 _DEFAULT = Path("adapters")
 _TELLING = ("return", "loss", "validation", "merge_error")
 _USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError)
@@ -211,6 +213,22 @@ def export(
     from skillbank.exchange import export
 
     typer.echo(str(export(ref, folder, Bank(bank), merged=merged)))
+
+
+@app.command()
+def push(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEFAULT) -> None:
+    """Copy versions and what they stand on to a bank elsewhere; what is there already stays."""
+    with _progress("push") as done:
+        sent = Bank(bank).push(url, *(refs or ()), done=done)
+    typer.echo("\n".join([*map(str, sent), f"{len(sent)} pushed to {url}"]))
+
+
+@app.command()
+def pull(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEFAULT) -> None:
+    """Copy versions and what they stand on from a bank elsewhere, checked as they arrive."""
+    with _progress("pull") as done:
+        got = Bank(bank).pull(url, *(refs or ()), done=done)
+    typer.echo("\n".join([*map(str, got), f"{len(got)} pulled from {url}"]))
 
 
 @app.command()

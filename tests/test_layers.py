@@ -25,13 +25,14 @@ ORDER = [
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 
-BANK = ["refs", "sealed", "card", "aliases", "query", "records", "links", "publish", "removal", "verify", "store"]
+BANK = ["refs", "sealed", "card", "aliases", "query", "records", "links", "publish", "removal", "remote", "verify", "reader", "store"]
 """Reading order inside the bank."""
 
 HOMES = {
     "accelerate": {"fit"},
     "dm_control": {"tasks.environments"},
     "filelock": {"bank.sealed"},
+    "fsspec": {"bank.remote"},
     "gymnasium": {"tasks.environments"},
     "h5py": {"tasks.demonstrations"},
     "hydra": set(),

@@ -2,9 +2,10 @@
 
 from skillbank.bank.card import BaseLink, Card, Parent
 from skillbank.bank.query import Where
+from skillbank.bank.reader import Entry
 from skillbank.bank.records import Base, Composition, base_fingerprint
 from skillbank.bank.refs import Ref, UnknownRef
-from skillbank.bank.store import Bank, Entry
+from skillbank.bank.store import Bank
 from skillbank.bank.verify import Problem
 
 __all__ = ["Bank", "Base", "BaseLink", "Card", "Composition", "Entry", "Parent", "Problem", "Ref", "UnknownRef", "Where", "base_fingerprint"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from skillbank.bank.refs import check_alias
 from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
 
-__all__ = ["ALIASES_FILE", "ANY", "Expected", "Move", "move", "read_moves", "table"]
+__all__ = ["ALIASES_FILE", "ANY", "Expected", "Move", "join", "move", "parse_moves", "read_moves", "table", "take", "to_bytes"]
 
 ALIASES_FILE = "aliases.json"
 ALIASES_LOCK = ".aliases.lock"
@@ -50,9 +50,13 @@ def read_moves(folder: Path) -> list[Move]:
 
     """
     try:
-        data = (folder / ALIASES_FILE).read_bytes()
+        return parse_moves((folder / ALIASES_FILE).read_bytes())
     except FileNotFoundError:
         return []
+
+
+def parse_moves(data: bytes) -> list[Move]:
+    """Moves in the bytes of an alias file; a ValueError says what is wrong with them."""
     body = unseal(data)
     if body.get("format") == 1 and isinstance(body.get("aliases"), dict):
         moves = [Move(alias, version) for alias, version in sorted(body["aliases"].items())]
@@ -90,13 +94,50 @@ def move(folder: Path, name: str, alias: str, version: int | None, *, expect: Ex
             return
         if now.protected and protect is not False:
             raise ValueError(f"alias {alias!r} of {name!r} is protected at version {now.version}: unprotect it in the same call")
-        temporary = folder / f"{ALIASES_TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            write_new(temporary, seal({"format": FORMAT, "moves": [asdict(each) for each in [*moves, made]]}))
-            temporary.replace(folder / ALIASES_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync(folder)
+        _write(folder, [*moves, made])
+
+
+def join(name: str, ours: Sequence[Move], theirs: Sequence[Move]) -> list[Move]:
+    """Moves of two banks as one history: the longer, where it goes on from the other.
+
+    Raises:
+        ValueError: both were moved since, to different places; the message names the first alias that differs.
+
+    """
+    longer, shorter = (ours, theirs) if len(ours) >= len(theirs) else (theirs, ours)
+    here, there = ({alias: each.version for alias, each in table(moves).items()} for moves in (ours, theirs))
+    if list(longer[: len(shorter)]) == list(shorter) or here == there:
+        return list(longer)
+    alias = next(alias for alias in sorted({*here, *there}) if here.get(alias) != there.get(alias))
+    raise ValueError(
+        f"alias {alias!r} of {name!r} points at {_place(here.get(alias))} here and at {_place(there.get(alias))} there, and both were moved: "
+        "move it to one place on both sides"
+    )
+
+
+def take(folder: Path, name: str, theirs: Sequence[Move]) -> list[Move]:
+    """Join the moves of another bank into the file of a name; returns what it comes to."""
+    with locked(folder / ALIASES_LOCK):
+        ours = read_moves(folder)
+        joined = join(name, ours, theirs)
+        if joined != ours:
+            _write(folder, joined)
+    return joined
+
+
+def to_bytes(moves: Sequence[Move]) -> bytes:
+    """Bytes of an alias file; `parse_moves` is its inverse."""
+    return seal({"format": FORMAT, "moves": [asdict(each) for each in moves]})
+
+
+def _write(folder: Path, moves: Sequence[Move]) -> None:
+    temporary = folder / f"{ALIASES_TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        write_new(temporary, to_bytes(moves))
+        temporary.replace(folder / ALIASES_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(folder)
 
 
 def _place(version: Expected) -> str:

@@ -10,12 +10,12 @@ from skillbank.bank.records import Composition, Thing, base_fingerprint, kind_of
 from skillbank.bank.refs import Ref
 
 if TYPE_CHECKING:
-    from skillbank.bank.store import Bank
+    from skillbank.bank.reader import BankReader
 
 __all__ = ["common_base", "lineage", "links", "recompute_fingerprint"]
 
 
-def links(bank: Bank, thing: Thing, base: Any, parents: Iterable[Any]) -> tuple[Thing, BaseLink | None, tuple[Parent, ...]]:
+def links(bank: BankReader, thing: Thing, base: Any, parents: Iterable[Any]) -> tuple[Thing, BaseLink | None, tuple[Parent, ...]]:
     """Exact base and parents of `thing`, and `thing` itself with exact references where it is a composition.
 
     Args:
@@ -39,7 +39,7 @@ def links(bank: Bank, thing: Thing, base: Any, parents: Iterable[Any]) -> tuple[
     return thing, _base_link(bank, base, set(thing)), linked  # type: ignore[arg-type]
 
 
-def common_base(bank: Bank, refs: Iterable[str | Ref]) -> Ref:
+def common_base(bank: BankReader, refs: Iterable[str | Ref]) -> Ref:
     """Exact reference of the base that all these skills and compositions share; a base is its own.
 
     Raises:
@@ -58,7 +58,7 @@ def common_base(bank: Bank, refs: Iterable[str | Ref]) -> Ref:
     return Ref.parse(next(iter(found.values())))
 
 
-def lineage(bank: Bank, ref: str | Ref, weight: float | None = None) -> dict[str, Any]:
+def lineage(bank: BankReader, ref: str | Ref, weight: float | None = None) -> dict[str, Any]:
     """Where a version comes from, see `Bank.lineage`."""
     exact = bank.resolve(ref)
     card = bank.card(exact)
@@ -67,7 +67,7 @@ def lineage(bank: Bank, ref: str | Ref, weight: float | None = None) -> dict[str
     return {"ref": str(exact), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
 
 
-def recompute_fingerprint(bank: Bank, ref: Ref, card: Card) -> str:
+def recompute_fingerprint(bank: BankReader, ref: Ref, card: Card) -> str:
     """Fingerprint of the stored base over the modules that a skill, or the skills of a composition, touch."""
     if card.base is None or card.base["ref"] is None:
         raise ValueError(f"{ref} has no base in {bank}")
@@ -76,7 +76,7 @@ def recompute_fingerprint(bank: Bank, ref: Ref, card: Card) -> str:
     return base_fingerprint(net_weights(bank.path(card.base["ref"]), modules), sorted(modules))
 
 
-def _composition_links(bank: Bank, thing: Composition, base: Any, parents: Iterable[Any]) -> tuple[Composition, BaseLink, tuple[Parent, ...]]:
+def _composition_links(bank: BankReader, thing: Composition, base: Any, parents: Iterable[Any]) -> tuple[Composition, BaseLink, tuple[Parent, ...]]:
     if base is not None or tuple(parents):
         raise ValueError("a composition has its own base and skills: leave base and parents out of its card")
     exact = Composition(
@@ -87,7 +87,7 @@ def _composition_links(bank: Bank, thing: Composition, base: Any, parents: Itera
     return exact, _base_link(bank, exact.base, {module for skill in exact.skills for module in _modules(bank, skill)}), linked
 
 
-def _parent(bank: Bank, parent: Any, kind: str | None = None) -> Parent:
+def _parent(bank: BankReader, parent: Any, kind: str | None = None) -> Parent:
     entry = parent if isinstance(parent, Mapping) else {"ref": parent}
     if "ref" not in entry or set(entry) - {"ref", "hash", "weight"}:
         raise ValueError(f"parent {dict(entry)!r}: give a reference, or 'ref' with 'weight' and 'hash'")
@@ -102,7 +102,7 @@ def _parent(bank: Bank, parent: Any, kind: str | None = None) -> Parent:
     return Parent(ref=str(ref), hash=card.hash, weight=weight)
 
 
-def _base_link(bank: Bank, base: Any, modules: set[str]) -> BaseLink:
+def _base_link(bank: BankReader, base: Any, modules: set[str]) -> BaseLink:
     entry = base if isinstance(base, Mapping) else {"ref": base}
     found = _parent(bank, {key: value for key, value in entry.items() if key in ("ref", "hash") and value is not None}, "base")
     fingerprint = base_fingerprint(net_weights(bank.path(found["ref"]), modules), sorted(modules))
@@ -114,5 +114,5 @@ def _base_link(bank: Bank, base: Any, modules: set[str]) -> BaseLink:
     return BaseLink(ref=found["ref"], hash=found["hash"], name=None, fingerprint=fingerprint)
 
 
-def _modules(bank: Bank, ref: str) -> set[str]:
+def _modules(bank: BankReader, ref: str) -> set[str]:
     return set(read_payload("skill", bank.path(ref)))  # type: ignore[arg-type]

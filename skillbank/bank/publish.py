@@ -21,7 +21,7 @@ from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["TEMPORARY", "file_entry", "lock_of", "publish", "temporary"]
+__all__ = ["TEMPORARY", "arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
 
 TEMPORARY = ".tmp-"
 
@@ -78,6 +78,33 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
             continue
         fsync(parent)
         return Ref(name, number)
+
+
+def arrive(bank: Bank, folder: Path, ref: Ref) -> None:
+    """Rename a complete version from another bank to its own number; one with the same card may be there already.
+
+    Raises:
+        ValueError: there is another version of that number.
+
+    """
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
+    target = bank.root / ref.name / str(ref.number)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        same_version(ref, (target / CARD_FILE).read_bytes() if (target / CARD_FILE).exists() else b"", (folder / CARD_FILE).read_bytes())
+    fsync(target.parent)
+
+
+def same_version(ref: Ref, ours: bytes, theirs: bytes) -> None:
+    """Check that two banks mean the same version by a reference: equal cards, which seal everything else."""
+    if ours != theirs:
+        raise ValueError(f"{ref} is another version here than there: put one of them under another name, or take it away on one side")
 
 
 def _taken(parent: Path) -> list[int]:

@@ -17,7 +17,7 @@ from skillbank.bank.removal import TOMBSTONE_FILE, tombstone
 from skillbank.bank.sealed import file_digest
 
 if TYPE_CHECKING:
-    from skillbank.bank.store import Bank
+    from skillbank.bank.reader import BankReader
 
 __all__ = ["Problem", "check_files", "check_links", "verify"]
 
@@ -36,7 +36,7 @@ class Problem:
         return f"{self.ref}: {self.file} {self.what}" + (f" (affects {', '.join(self.affects)})" if self.affects else "")
 
 
-def verify(bank: Bank, ref: str | Ref | None, *, done: Callable[[int, int], None], workers: int | None) -> list[Problem]:
+def verify(bank: BankReader, ref: str | Ref | None, *, done: Callable[[int, int], None], workers: int | None) -> list[Problem]:
     """Every problem of one version and the aliases of its name, or of all versions and aliases; `done(so far, of)` after every version."""
     names = dict(bank.names())
     if ref is None:
@@ -55,7 +55,7 @@ def verify(bank: Bank, ref: str | Ref | None, *, done: Callable[[int, int], None
     return _with_affected(bank, problems) if problems else []
 
 
-def _with_affected(bank: Bank, problems: list[Problem]) -> list[Problem]:
+def _with_affected(bank: BankReader, problems: list[Problem]) -> list[Problem]:
     """The same problems with every version that stands on a wrong one, directly or not."""
     above: dict[str, list[str]] = {}
     for name, numbers in bank.names():
@@ -97,7 +97,7 @@ def check_files(folder: Path, ref: Ref, card: Card) -> Iterator[Problem]:
         yield Problem(str(ref), CARD_FILE, "has a content hash that its own files do not give")
 
 
-def check_links(bank: Bank, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:
+def check_links(bank: BankReader, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:
     """Base and parents that have another content than the card says or, where `missing`, that are gone."""
     links = [("parent", parent["ref"], parent["hash"]) for parent in card.parents]
     if card.base is not None and card.base["ref"] is not None:
@@ -116,7 +116,7 @@ def check_links(bank: Bank, ref: Ref, card: Card, *, missing: bool = True) -> It
             yield Problem(str(ref), CARD_FILE, f"names the {role} {text!r} with content {content[:12]}, but the bank has {found[:12]} there")
 
 
-def _check_version(bank: Bank, ref: Ref) -> Iterator[Problem]:
+def _check_version(bank: BankReader, ref: Ref) -> Iterator[Problem]:
     try:
         card = bank.card(ref)
     except ValueError as error:
@@ -129,7 +129,7 @@ def _check_version(bank: Bank, ref: Ref) -> Iterator[Problem]:
         yield from _check_content(bank, ref, card)
 
 
-def _check_content(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
+def _check_content(bank: BankReader, ref: Ref, card: Card) -> Iterator[Problem]:
     """Read what intact files hold, and compare the base's weights with the fingerprint."""
     try:
         read_payload(card.kind, bank.path(ref))
@@ -150,7 +150,7 @@ def _check_content(bank: Bank, ref: Ref, card: Card) -> Iterator[Problem]:
         yield Problem(str(ref), CARD_FILE, f"fits a base with fingerprint {expected[:12]}, but {base!r} has {found[:12]}")
 
 
-def _check_tombstones(bank: Bank) -> Iterator[Problem]:
+def _check_tombstones(bank: BankReader) -> Iterator[Problem]:
     for path in sorted(bank.root.rglob(TOMBSTONE_FILE)):
         try:
             tombstone(path.parent)
@@ -159,7 +159,7 @@ def _check_tombstones(bank: Bank) -> Iterator[Problem]:
             yield Problem(f"{relative.parent.as_posix()}@{relative.name}", TOMBSTONE_FILE, str(error))
 
 
-def _check_aliases(bank: Bank, name: str, numbers: list[int]) -> Iterator[Problem]:
+def _check_aliases(bank: BankReader, name: str, numbers: list[int]) -> Iterator[Problem]:
     try:
         aliases = bank.aliases(name)
     except ValueError as error:

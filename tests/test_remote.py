@@ -1,0 +1,171 @@
+"""Push and pull: what arrives is byte-identical and verified, what is there stays, what differs is an error, what breaks goes on."""
+
+import shutil
+import sys
+import uuid
+
+import fsspec
+import pytest
+
+from skillbank import cli
+from skillbank.bank import Bank, Ref, UnknownRef
+from skillbank.bank.remote import Remote
+from tests.test_bank import shipped, skill_of  # noqa: F401
+
+
+@pytest.fixture
+def bank(shipped, tmp_path):  # noqa: F811
+    return Bank(shutil.copytree(shipped.root, tmp_path / "bank"))
+
+
+@pytest.fixture(params=["memory", "folder", "file"])
+def url(request, tmp_path):
+    yield {"memory": f"memory://{uuid.uuid4().hex}/bank", "folder": str(tmp_path / "remote"), "file": f"file://{tmp_path}/other"}[request.param]
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+def contents(bank):
+    return {path.relative_to(bank.root).as_posix(): path.read_bytes() for path in bank.root.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_pushed_and_pulled_elsewhere_is_byte_identical(bank, url, tmp_path):
+    sent = bank.push(url)
+    assert sent == [entry.ref for entry in sorted(bank.list(), key=lambda entry: sent.index(entry.ref))]
+    assert bank.push(url) == []
+    other = Bank(tmp_path / "other-bank")
+    told = []
+    assert set(other.pull(url, done=lambda so_far, of: told.append((so_far, of)))) == set(sent)
+    assert told == [(count, 6) for count in range(7)]
+    assert contents(other) == contents(bank)
+    assert other.verify() == []
+    assert other.pull(url) == []
+
+
+def test_what_a_version_stands_on_comes_first(bank, url):
+    assert [str(ref) for ref in bank.push(url, "walker/both")] == [
+        "walker/stand@1", "walker/walk@1", "walker/walk@2", "walker/run@1", "walker/both@1",
+    ]  # fmt: skip
+    assert list(Remote(url).versions) == ["walker/both", "walker/run", "walker/stand", "walker/walk"]
+
+
+def test_one_version_by_alias(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    assert [str(ref) for ref in other.pull(url, "walker/walk@best")] == ["walker/stand@1", "walker/walk@1"]
+    assert other.aliases("walker/walk") == {"best": 1}
+    assert [str(ref) for ref in other.pull(url, "walker/walk")] == ["walker/walk@2"]
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("walker/wlak", r"no 'walker/wlak' at .*: did you mean 'walker/walk'\?"),
+        ("walker/walk@7", "'walker/walk' has no version 7 at .*: there is 1, 2"),
+        ("walker/walk@bset", r"'walker/walk' has no alias 'bset' at .*: did you mean 'best'\?"),
+    ],
+)
+def test_what_is_not_there(bank, url, tmp_path, ref, message):
+    bank.push(url)
+    with pytest.raises(UnknownRef, match=message):
+        Bank(tmp_path / "other-bank").pull(url, ref)
+
+
+def test_the_same_number_of_another_version_is_a_conflict(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    other.put(skill_of(8), "walker/walk")
+    before = contents(other)
+    for transfer in (other.push, other.pull):
+        with pytest.raises(ValueError, match="walker/walk@1 is another version here than there: put one of them under another name"):
+            transfer(url)
+    assert {path: data for path, data in contents(other).items() if path in before} == before
+
+
+def test_aliases_go_on_from_each_other_or_conflict(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    other.pull(url)
+    other.alias("walker/walk", "best", 2)
+    other.push(url)
+    bank.pull(url)
+    assert bank.aliases("walker/walk") == {"best": 2}
+    bank.alias("walker/walk", "best", 1)
+    other.alias("walker/walk", "good", 1)
+    bank.push(url)
+    before = contents(other)
+    for transfer in (other.push, other.pull):
+        with pytest.raises(ValueError, match="alias 'best' of 'walker/walk' points at version 2 here and at version 1 there, and both were moved"):
+            transfer(url)
+    assert contents(other) == before
+
+
+class Broken(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("after", range(0, 24, 3))
+def test_an_interrupted_push_shows_no_half_and_goes_on(bank, monkeypatch, tmp_path, after):
+    url = str(tmp_path / "remote")
+    files = type(fsspec.filesystem("file"))
+    real, count = files.put_file, iter(range(100))
+
+    def breaks(self, *arguments, **options):
+        if next(count) == after:
+            raise Broken
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_file", breaks)
+        with pytest.raises(Broken):
+            bank.push(url)
+    there = Bank(tmp_path / "so-far")
+    there.root.mkdir()
+    there.pull(url)
+    assert there.verify() == []
+    bank.push(url)
+    whole = Bank(tmp_path / "whole")
+    whole.pull(url)
+    assert contents(whole) == contents(bank)
+
+
+def test_what_was_changed_there_is_not_stored(bank, url, tmp_path):
+    bank.push(url)
+    remote = Remote(url)
+    path = remote.path("walker/walk", "2", "adapter_model.safetensors")
+    data = remote.files.cat_file(path)
+    remote.files.pipe_file(path, data[:-1] + bytes([data[-1] ^ 1]))
+    other = Bank(tmp_path / "other-bank")
+    with pytest.raises(ValueError, match="walker/walk@2: adapter_model.safetensors did not arrive as its card says"):
+        other.pull(url)
+    assert Ref("walker/walk", 2) not in [entry.ref for entry in other.list()]
+    assert other.verify() == []
+    assert not list(other.root.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("file", ["card.json", "aliases.json"])
+def test_a_changed_card_or_alias_file_is_named(bank, url, tmp_path, file):
+    bank.push(url)
+    remote = Remote(url)
+    path = remote.path("walker/walk", *(["1"] if file == "card.json" else []), file)
+    remote.files.pipe_file(path, remote.files.cat_file(path).replace(b"a", b"b", 1))
+    with pytest.raises(ValueError, match=rf"walker/walk.*{file} does not match its seal"):
+        Bank(tmp_path / "other-bank").pull(url)
+
+
+def test_an_unknown_protocol(bank):
+    with pytest.raises(ValueError, match="Protocol not known: nowhere"):
+        bank.push("nowhere://x")
+
+
+def test_on_the_command_line(bank, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["skillbank", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr().out.splitlines()
+
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    assert run("push", there, "walker/walk@1", "--bank", bank.root) == (0, ["walker/stand@1", "walker/walk@1", f"2 pushed to {there}"])
+    assert run("pull", there, "--bank", elsewhere) == (0, ["walker/stand@1", "walker/walk@1", f"2 pulled from {there}"])
+    assert Bank(elsewhere).verify() == []
