@@ -136,7 +136,7 @@ def test_what_was_changed_there_is_not_stored(bank, url, tmp_path):
     data = remote.files.cat_file(path)
     remote.files.pipe_file(path, data[:-1] + bytes([data[-1] ^ 1]))
     other = Bank(tmp_path / "other-bank")
-    with pytest.raises(ValueError, match="walker/walk@2: adapter_model.safetensors did not arrive as its card says"):
+    with pytest.raises(ValueError, match=r"walker/walk@2: adapter_model.safetensors did not arrive as its card says"):
         other.pull(url)
     assert Ref("walker/walk", 2) not in [entry.ref for entry in other.list()]
     assert other.verify() == []
