@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from skillbank.load import load
     from skillbank.merge import merge
     from skillbank.model import Model, Task, check_model
+    from skillbank.search import duplicates, similar
     from skillbank.skill import Skill, cosine, gram, stack, truncate
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOME = {
     "load": ["load"],
     "merge": ["merge"],
     "model": ["Model", "Task", "check_model"],
+    "search": ["duplicates", "similar"],
     "skill": ["Skill", "cosine", "gram", "stack", "truncate"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -56,6 +58,7 @@ __all__ = [
     "check_model",
     "cosine",
     "detach",
+    "duplicates",
     "export",
     "fit",
     "fold",
@@ -67,6 +70,7 @@ __all__ = [
     "merge",
     "read",
     "read_adapter",
+    "similar",
     "stack",
     "truncate",
     "validation_loss",

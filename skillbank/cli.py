@@ -1,4 +1,4 @@
-"""The command line: `skillbank list | show | log | alias | import | export | push | pull | rm | gc | verify`."""
+"""The command line: `skillbank list | show | log | alias | import | export | push | pull | similar | dedup | rm | gc | verify`."""
 
 from __future__ import annotations
 
@@ -229,6 +229,34 @@ def pull(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEF
     with _progress("pull") as done:
         got = Bank(bank).pull(url, *(refs or ()), done=done)
     typer.echo("\n".join([*map(str, got), f"{len(got)} pulled from {url}"]))
+
+
+@app.command("similar")
+def similar_(
+    ref: str, bank: _BankOption = _DEFAULT, top: Annotated[int, typer.Option(help="At most this many.")] = 10, json: _JsonOption = False
+) -> None:
+    """Show the skills of the same base that are nearest by cosine of deltas."""
+    from skillbank.search import similar
+
+    found = similar(Bank(bank), ref, top=top)
+    if json:
+        _print_json([{**asdict(each), "ref": str(each.ref)} for each in found])
+        return
+    table = _table("ref", "cosine", "size")
+    for each in found:
+        table.add_row(str(each.ref), f"{each.cosine:.3f}", f"{each.size:.3g}")
+    _print(table)
+
+
+@app.command()
+def dedup(bank: _BankOption = _DEFAULT) -> None:
+    """Show groups of skills that compute the same; nothing is removed."""
+    from skillbank.search import duplicates
+
+    groups = duplicates(Bank(bank))
+    for group in groups:
+        typer.echo(" ".join(map(str, group)))
+    typer.echo(f"{len(groups)} groups")
 
 
 @app.command()

@@ -33,6 +33,15 @@ def test_a_quick_cell_of_the_experiment():
     assert "S+W->R/sto3/nsec" in done.stdout
 
 
+def test_a_bank_survives_kills():
+    done = run("benchmarks.bank_faults", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "every file operation" in line]
+    assert len(rows) == 7
+    assert all(int(row[2]) > 0 and row[3:] == ["0", "0", "0"] for row in rows)
+    assert "put again" in run("benchmarks.bank_faults", "--from-results").stdout
+
+
 def test_rollout_times_and_errors():
     done = run("benchmarks.rollouts", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,9 +21,11 @@ from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["TEMPORARY", "arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
+__all__ = ["PARTIAL_FILE", "TEMPORARY", "arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
 
 TEMPORARY = ".tmp-"
+PARTIAL_FILE = ".partial"
+"""In the folder of a version while it is pushed from elsewhere; without a card beside it the version is none yet."""
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, cast
 from skillbank.bank.aliases import ALIASES_FILE, Move, read_moves, table
 from skillbank.bank.card import CARD_FILE, KINDS, Card
 from skillbank.bank.links import common_base, lineage
+from skillbank.bank.publish import PARTIAL_FILE
 from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, read_payload
 from skillbank.bank.refs import Ref, UnknownRef, check_name, parse_version
@@ -226,4 +227,6 @@ def _version(entry: os.DirEntry[str]) -> int | None:
         return None
     with os.scandir(entry.path) as inside:
         names = {each.name for each in inside}
-    return number if TOMBSTONE_FILE not in names and any(not name.startswith(".") for name in names) else None
+    if TOMBSTONE_FILE in names or (PARTIAL_FILE in names and CARD_FILE not in names):
+        return None
+    return number if any(not name.startswith(".") for name in names) else None

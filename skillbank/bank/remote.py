@@ -7,6 +7,7 @@ already does not travel again, so that an interrupted transfer goes on when it i
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from skillbank.bank.aliases import ALIASES_FILE, Move, join, parse_moves, table, take, to_bytes
 from skillbank.bank.card import CARD_FILE, Card
-from skillbank.bank.publish import arrive, same_version, temporary
+from skillbank.bank.publish import PARTIAL_FILE, TEMPORARY, arrive, same_version, temporary
 from skillbank.bank.refs import Ref, UnknownRef, parse_version
 from skillbank.bank.sealed import write_new
 from skillbank.words import did_you_mean
@@ -62,6 +63,12 @@ class Remote:
         """Bytes of a file."""
         data: bytes = self.files.cat_file(self.path(*parts))
         return data
+
+    def write(self, data: bytes, *parts: str) -> None:
+        """Write a file beside and move it to its place, so that it is whole wherever moving is atomic."""
+        beside = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
+        self.files.pipe_file(beside, data)
+        self.files.mv(beside, self.path(*parts))
 
     def path(self, *parts: str) -> str:
         """Path of a file."""
@@ -114,12 +121,15 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Callable
             same_version(ref, card, remote.read(*there, CARD_FILE))
             continue
         remote.files.makedirs(remote.path(*there), exist_ok=True)
-        for name in (*sorted(Card.from_bytes(card).files), CARD_FILE):
+        remote.files.pipe_file(remote.path(*there, PARTIAL_FILE), b"")
+        for name in sorted(Card.from_bytes(card).files):
             remote.files.put_file(str(folder / name), remote.path(*there, name))
+        remote.write(card, *there, CARD_FILE)
+        remote.files.rm_file(remote.path(*there, PARTIAL_FILE))
         sent.append(ref)
     for name, each in moves.items():
         if each and each != remote.moves(name):
-            remote.files.pipe_file(remote.path(name, ALIASES_FILE), to_bytes(each))
+            remote.write(to_bytes(each), name, ALIASES_FILE)
     done(len(wanted), len(wanted))
     return sent
 

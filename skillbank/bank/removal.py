@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.aliases import ALIASES_LOCK, ALIASES_TEMPORARY
-from skillbank.bank.publish import TEMPORARY, lock_of
+from skillbank.bank.card import CARD_FILE
+from skillbank.bank.publish import PARTIAL_FILE, TEMPORARY, lock_of, temporary
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
 
@@ -51,10 +52,9 @@ def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
     card = bank.card(ref)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     body = {"format": _FORMAT, "kind": card.kind, "hash": card.hash, "reason": reason, "when": when}
-    hidden = folder / f".{TOMBSTONE_FILE}"
-    hidden.unlink(missing_ok=True)
-    write_new(hidden, seal(body))
-    hidden.rename(folder / TOMBSTONE_FILE)
+    with temporary(bank.root) as beside:
+        write_new(beside / TOMBSTONE_FILE, seal(body))
+        (beside / TOMBSTONE_FILE).rename(folder / TOMBSTONE_FILE)
     fsync(folder)
     _clear(folder)
 
@@ -82,6 +82,11 @@ def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
             left += rest
             if not dry_run:
                 _clear(stone.parent)
+    for mark in sorted(bank.root.rglob(PARTIAL_FILE)):
+        if (mark.parent / CARD_FILE).exists():  # the rest of a push that was killed at its very end
+            left.append(mark)
+            if not dry_run:
+                mark.unlink()
     return left
 
 
@@ -91,7 +96,7 @@ def _free(path: Path, dry_run: bool) -> bool:
     try:
         with locked(lock_of(folder), wait=False):
             if not dry_run:
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
                 lock_of(folder).unlink(missing_ok=True)
     except TimeoutError:
         return False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from skillbank.bank.card import CARD_FILE, Card, content_hash
 from skillbank.bank.links import recompute_fingerprint
+from skillbank.bank.publish import PARTIAL_FILE
 from skillbank.bank.records import read_payload
 from skillbank.bank.refs import Ref
 from skillbank.bank.removal import TOMBSTONE_FILE, tombstone
@@ -82,7 +83,7 @@ def _with_affected(bank: BankReader, problems: list[Problem]) -> list[Problem]:
 def check_files(folder: Path, ref: Ref, card: Card) -> Iterator[Problem]:
     """Files that are missing, strange, or not what the card says."""
     present = {entry.name: entry for entry in os.scandir(folder)}
-    for name in sorted(set(present) - set(card.files) - {CARD_FILE}):
+    for name in sorted(set(present) - set(card.files) - {CARD_FILE, PARTIAL_FILE}):
         yield Problem(str(ref), name, "is not in the card: take it out of the folder")
     for name, entry in sorted(card.files.items()):
         if name not in present:
@@ -152,10 +153,12 @@ def _check_content(bank: BankReader, ref: Ref, card: Card) -> Iterator[Problem]:
 
 def _check_tombstones(bank: BankReader) -> Iterator[Problem]:
     for path in sorted(bank.root.rglob(TOMBSTONE_FILE)):
+        relative = path.parent.relative_to(bank.root)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
         try:
             tombstone(path.parent)
         except ValueError as error:
-            relative = path.parent.relative_to(bank.root)
             yield Problem(f"{relative.parent.as_posix()}@{relative.name}", TOMBSTONE_FILE, str(error))
 
 

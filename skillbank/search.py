@@ -1,0 +1,99 @@
+"""Skills that do the same, or nearly: compared as deltas, in factored form, whatever their factors look like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from skillbank.bank import Bank, Card, Ref
+from skillbank.skill import Skill, gram
+
+__all__ = ["Neighbour", "duplicates", "similar"]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A skill beside another.
+
+    Args:
+        ref: exact reference.
+        cosine: of the two deltas over all modules, in [-1, 1].
+        size: norm of its delta over the other's.
+
+    """
+
+    ref: Ref
+    cosine: float
+    size: float
+
+
+def similar(bank: Bank, ref: str | Ref, *, top: int = 10) -> list[Neighbour]:
+    """Skills of the same base that are nearest to one by cosine of deltas, nearest first.
+
+    Args:
+        bank: where they are.
+        ref: a skill.
+        top: at most this many.
+
+    Raises:
+        UnknownRef: no such version.
+        ValueError: it is no skill.
+
+    """
+    exact = bank.resolve(ref)
+    card, skill = bank.card(exact), bank.get(exact)
+    if not isinstance(skill, Skill):
+        raise ValueError(f"{str(exact)!r} is a {card.kind}: only skills are compared")
+    found = []
+    for other, its in _skills(bank, _base(card)):
+        if other != exact:
+            products = gram([skill, its])
+            mine, theirs = math.sqrt(products[0, 0]), math.sqrt(products[1, 1])
+            found.append(Neighbour(other, float(products[0, 1]) / (mine * theirs) if mine and theirs else 0.0, theirs / mine if mine else math.inf))
+    return sorted(found, key=lambda each: -each.cosine)[:top]
+
+
+def duplicates(bank: Bank, *, tolerance: float = 1e-5) -> list[list[Ref]]:
+    """Groups of skills that compute the same on the same base, such as one function stored in two gauges.
+
+    Args:
+        bank: where they are.
+        tolerance: largest norm of the difference of two deltas over the norm of one.
+
+    """
+    groups: list[list[Ref]] = []
+    for base in sorted({_base(entry.card) for entry in bank.list("skill")}):
+        sized = sorted(((float(gram([skill])[0, 0]), ref) for ref, skill in _skills(bank, base)), key=lambda each: (each[0], str(each[1])))
+        group: list[tuple[float, Ref]] = []
+        for square, ref in sized:  # the same function has the same norm, so that equals lie side by side
+            if group and _apart(bank, group[-1], (square, ref)) <= tolerance:
+                group.append((square, ref))
+                continue
+            groups.append([each for _, each in group])
+            group = [(square, ref)]
+        groups.append([each for _, each in group])
+    return [sorted(group, key=str) for group in groups if len(group) > 1]
+
+
+def _apart(bank: Bank, one: tuple[float, Ref], two: tuple[float, Ref]) -> float:
+    if two[0] - one[0] > 1e-3 * two[0]:
+        return math.inf
+    pair = [skill for skill in map(bank.get, (one[1], two[1])) if isinstance(skill, Skill)]
+    products = gram(pair)
+    difference = max(float(products[0, 0] + products[1, 1] - 2 * products[0, 1]), 0.0)
+    return math.sqrt(difference / two[0]) if two[0] else 0.0
+
+
+def _skills(bank: Bank, base: str) -> Iterator[tuple[Ref, Skill]]:
+    """Skills of a base, one in memory at a time."""
+    for entry in bank.list("skill"):
+        if _base(entry.card) == base:
+            skill = bank.get(entry.ref)
+            assert isinstance(skill, Skill)
+            yield entry.ref, skill
+
+
+def _base(card: Card) -> str:
+    """What identifies a base: its reference here, its name elsewhere, or nothing."""
+    return "" if card.base is None else card.base["ref"] or card.base["name"] or ""
