@@ -117,7 +117,7 @@ def list_(
         "ref": [str(entry.ref) for entry in entries],
         "metrics": [_metrics(entry.card) for entry in entries],
         "kind": [entry.card.kind for entry in entries],
-        "base": [_base(entry.card) for entry in entries],
+        "base": [entry.card.base_name for entry in entries],
         "parents": [str(len(entry.card.parents) or "") for entry in entries],
         "created": [entry.card.created[:10] for entry in entries],
     }
@@ -162,7 +162,7 @@ def log(
         card = store.card(Ref(name, number))
         parents = ", ".join(map(weighted, card.parents))
         marks = ", ".join(alias for alias, each in aliases.items() if each == number)
-        table.add_row(str(Ref(name, number)), marks, card.hash[:12], _base(card), parents, _metrics(card), card.created)
+        table.add_row(str(Ref(name, number)), marks, card.hash[:12], card.base_name, parents, _metrics(card), card.created)
     _print(table)
     if moves := store.moves(name):
         table = _table("when", "alias", "version", "protected")
@@ -357,10 +357,6 @@ def _print_fitting(columns: dict[str, list[str]]) -> None:
     Console(highlight=False, markup=False, width=max(needed, console.width)).print(table)
 
 
-def _base(card: Card) -> str:
-    return "" if card.base is None else card.base["ref"] or card.base["name"] or ""
-
-
 def _metrics(card: Card) -> str:
     """The two most telling metrics: returns before losses, losses before the rest."""
     known = [key for key in _TELLING if key in card.metrics]
@@ -371,7 +367,7 @@ def _metrics(card: Card) -> str:
 def _fields(card: Card) -> list[tuple[str, str]]:
     rows = [("kind", card.kind), ("content", f"sha256:{card.hash}"), ("created", card.created)]
     if card.base is not None:
-        rows += [("base", _base(card)), ("base fingerprint", card.base["fingerprint"] or "unknown")]
+        rows += [("base", card.base_name), ("base fingerprint", card.base["fingerprint"] or "unknown")]
     rows += [("parent", weighted(each)) for each in card.parents]
     rows += [("notes", card.notes), ("tags", ", ".join(card.tags)), ("license", card.license or "")]
     for title, values in (("metric", card.metrics), ("data", card.data), ("conf", card.conf), ("tool", card.tools)):

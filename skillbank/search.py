@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from skillbank.bank import Bank, Card, Ref
+from skillbank.bank import Bank, Ref
 from skillbank.skill import Skill, gram
 
 __all__ = ["Neighbour", "duplicates", "similar"]
@@ -46,7 +46,7 @@ def similar(bank: Bank, ref: str | Ref, *, top: int = 10) -> list[Neighbour]:
     if not isinstance(skill, Skill):
         raise ValueError(f"{str(exact)!r} is a {card.kind}: only skills are compared")
     found = []
-    for other, its in _skills(bank, _base(card)):
+    for other, its in _skills(bank, card.base_name):
         if other != exact:
             products = gram([skill, its])
             mine, theirs = math.sqrt(products[0, 0]), math.sqrt(products[1, 1])
@@ -63,7 +63,7 @@ def duplicates(bank: Bank, *, tolerance: float = 1e-5) -> list[list[Ref]]:
 
     """
     groups: list[list[Ref]] = []
-    for base in sorted({_base(entry.card) for entry in bank.list("skill")}):
+    for base in sorted({entry.card.base_name for entry in bank.list("skill")}):
         sized = sorted(((float(gram([skill])[0, 0]), ref) for ref, skill in _skills(bank, base)), key=lambda each: (each[0], str(each[1])))
         group: list[tuple[float, Ref]] = []
         for square, ref in sized:  # the same function has the same norm, so that equals lie side by side
@@ -88,12 +88,7 @@ def _apart(bank: Bank, one: tuple[float, Ref], two: tuple[float, Ref]) -> float:
 def _skills(bank: Bank, base: str) -> Iterator[tuple[Ref, Skill]]:
     """Skills of a base, one in memory at a time."""
     for entry in bank.list("skill"):
-        if _base(entry.card) == base:
+        if entry.card.base_name == base:
             skill = bank.get(entry.ref)
             assert isinstance(skill, Skill)
             yield entry.ref, skill
-
-
-def _base(card: Card) -> str:
-    """What identifies a base: its reference here, its name elsewhere, or nothing."""
-    return "" if card.base is None else card.base["ref"] or card.base["name"] or ""

@@ -115,14 +115,13 @@ def join(name: str, ours: Sequence[Move], theirs: Sequence[Move]) -> list[Move]:
     )
 
 
-def take(folder: Path, name: str, theirs: Sequence[Move]) -> list[Move]:
-    """Join the moves of another bank into the file of a name; returns what it comes to."""
+def take(folder: Path, name: str, theirs: Sequence[Move]) -> None:
+    """Join the moves of another bank into the file of a name."""
     with locked(folder / ALIASES_LOCK):
         ours = read_moves(folder)
         joined = join(name, ours, theirs)
         if joined != ours:
             _write(folder, joined)
-    return joined
 
 
 def to_bytes(moves: Sequence[Move]) -> bytes:

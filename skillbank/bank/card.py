@@ -79,6 +79,17 @@ class Card:
     created: str = ""
     format: int = FORMAT
 
+    @property
+    def base_name(self) -> str:
+        """What the base is called: its reference here, its name elsewhere, or nothing."""
+        return "" if self.base is None else self.base["ref"] or self.base["name"] or ""
+
+    @property
+    def stands_on(self) -> tuple[str, ...]:
+        """References in the same bank that this version needs: the base, then the parents, each once."""
+        links = (self.base, *self.parents)
+        return tuple(dict.fromkeys(link["ref"] for link in links if link is not None and link["ref"] is not None))
+
     def to_bytes(self) -> bytes:
         """Sealed canonical JSON; `from_bytes` is its inverse."""
         return seal(asdict(self))

@@ -59,9 +59,7 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     card = replace(card, files={**card.files, README_FILE: file_entry(folder / README_FILE)})
     write_new(folder / CARD_FILE, data := card.to_bytes())
     Card.from_bytes(data)
-    for path in folder.iterdir():
-        fsync(path)
-    fsync(folder)
+    _flush(folder)
     parent = bank.root / name
     parent.mkdir(parents=True, exist_ok=True)
     number = 0
@@ -89,9 +87,7 @@ def arrive(bank: Bank, folder: Path, ref: Ref) -> None:
         ValueError: there is another version of that number.
 
     """
-    for path in folder.iterdir():
-        fsync(path)
-    fsync(folder)
+    _flush(folder)
     target = bank.root / ref.name / str(ref.number)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -107,6 +103,12 @@ def same_version(ref: Ref, ours: bytes, theirs: bytes) -> None:
     """Check that two banks mean the same version by a reference: equal cards, which seal everything else."""
     if ours != theirs:
         raise ValueError(f"{ref} is another version here than there: put one of them under another name, or take it away on one side")
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
 
 
 def _taken(parent: Path) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from skillbank.bank.card import Card
@@ -70,7 +70,7 @@ class Where:
 
 def field(card: Card, path: str) -> Any:
     """Value at a dotted path in a card, None where there is none."""
-    value: Any = asdict(card)
+    value: Any = vars(card)
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:
             return None

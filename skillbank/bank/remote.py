@@ -168,10 +168,8 @@ def _closure(refs: Iterable[str | Ref], resolve: Callable[[str | Ref], Ref], car
     def visit(ref: Ref) -> None:
         if ref in order:
             return
-        made = card(ref)
-        for link in (made.base, *made.parents):
-            if link is not None and link["ref"] is not None:
-                visit(Ref.parse(link["ref"]))
+        for link in card(ref).stands_on:
+            visit(Ref.parse(link))
         order[ref] = None
 
     for ref in refs:

@@ -30,11 +30,7 @@ _FORMAT = 1
 def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
     """Versions that name `ref` as their base or as a parent, by name and number."""
     exact = str(bank.resolve(ref))
-    return [
-        entry.ref
-        for entry in bank.list()
-        if exact in {parent["ref"] for parent in entry.card.parents} | ({entry.card.base["ref"]} if entry.card.base else set())
-    ]
+    return [entry.ref for entry in bank.list() if exact in entry.card.stands_on]
 
 
 def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:

@@ -65,7 +65,7 @@ def _with_affected(bank: BankReader, problems: list[Problem]) -> list[Problem]:
                 card = bank.card(each)
             except ValueError:
                 continue
-            for link in {link["ref"] for link in (card.base, *card.parents) if link is not None and link["ref"] is not None}:
+            for link in card.stands_on:
                 above.setdefault(link, []).append(str(each))
 
     def all_above(ref: str) -> tuple[str, ...]:
