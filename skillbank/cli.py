@@ -33,11 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_BankOption = Annotated[Path, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank.")]
+_BankOption = Annotated[str, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank; to read, also a URL that fsspec knows.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 _UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank.")]
 _RefsArgument = Annotated[list[str] | None, typer.Argument(help="Which versions; all without.")]
-_DEFAULT = Path("adapters")
+_DEFAULT = "adapters"
 _TELLING = ("return", "loss", "validation", "merge_error")
 _USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError)
 
@@ -99,12 +99,13 @@ def list_(
     pattern: Annotated[str | None, typer.Argument(help="Only names that match, such as 'walker/*'.")] = None,
     base: Annotated[str | None, typer.Option(help="Only what belongs to this base.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="Only cards that fulfil this, such as 'metrics.return > 600' or 'tags ~ dmc'.")] = None,
+    text: Annotated[str, typer.Option(help="Only cards that contain this, whatever the case.")] = "",
     sort: Annotated[str | None, typer.Option(help="By this field of the card, largest first, such as metrics.return.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every version, not the newest of every name alone.")] = False,
     json: _JsonOption = False,
 ) -> None:
     """List the newest version of every name that is asked for."""
-    entries = Bank(bank).list(kind, pattern, base=base, where=where or ())
+    entries = Bank(bank).list(kind, pattern, base=base, where=where or (), text=text)
     if not every:
         entries = list({entry.ref.name: entry for entry in entries}.values())
     if sort is not None:
@@ -229,6 +230,16 @@ def pull(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEF
     with _progress("pull") as done:
         got = Bank(bank).pull(url, *(refs or ()), done=done)
     typer.echo("\n".join([*map(str, got), f"{len(got)} pulled from {url}"]))
+
+
+@app.command()
+def clone(url: _UrlArgument, folder: Annotated[Path, typer.Argument(help="The new bank; it must not be there yet, or be empty.")]) -> None:
+    """Copy a whole bank from elsewhere to a new folder; repeat a clone that was interrupted as `pull --bank`."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} holds something already: clone to another folder, or use `skillbank pull {url} --bank {folder}`")
+    with _progress("clone") as done:
+        got = Bank(folder).pull(url, done=done)
+    typer.echo(f"{len(got)} cloned from {url} to {folder}")
 
 
 @app.command("similar")

@@ -46,7 +46,7 @@ def test_what_a_version_stands_on_comes_first(bank, url):
     assert [str(ref) for ref in bank.push(url, "walker/both")] == [
         "walker/stand@1", "walker/walk@1", "walker/walk@2", "walker/run@1", "walker/both@1",
     ]  # fmt: skip
-    assert list(Remote(url).versions) == ["walker/both", "walker/run", "walker/stand", "walker/walk"]
+    assert [name for name, _ in Remote(url).names()] == ["walker/both", "walker/run", "walker/stand", "walker/walk"]
 
 
 def test_one_version_by_alias(bank, url, tmp_path):
@@ -60,9 +60,9 @@ def test_one_version_by_alias(bank, url, tmp_path):
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("walker/wlak", r"no 'walker/wlak' at .*: did you mean 'walker/walk'\?"),
-        ("walker/walk@7", "'walker/walk' has no version 7 at .*: there is 1, 2"),
-        ("walker/walk@bset", r"'walker/walk' has no alias 'bset' at .*: did you mean 'best'\?"),
+        ("walker/wlak", r"no 'walker/wlak' in Bank.*: did you mean 'walker/walk'\?"),
+        ("walker/walk@7", "'walker/walk' has no version 7 in Bank.*: there is 1, 2"),
+        ("walker/walk@bset", r"'walker/walk' has no alias 'bset' in Bank.*: did you mean 'best'\?"),
     ],
 )
 def test_what_is_not_there(bank, url, tmp_path, ref, message):
@@ -169,3 +169,55 @@ def test_on_the_command_line(bank, tmp_path, monkeypatch, capsys):
     assert run("push", there, "walker/walk@1", "--bank", bank.root) == (0, ["walker/stand@1", "walker/walk@1", f"2 pushed to {there}"])
     assert run("pull", there, "--bank", elsewhere) == (0, ["walker/stand@1", "walker/walk@1", f"2 pulled from {there}"])
     assert Bank(elsewhere).verify() == []
+
+
+def test_a_bank_elsewhere_is_opened_where_it_is(bank, url, tmp_path):
+    bank.push(url)
+    url = url if "://" in url else f"file://{url}"
+    there = Bank(url)
+    assert repr(there) == f"Bank({url!r})"
+    assert list(there.names()) == list(bank.names())
+    assert there.list() == bank.list()
+    assert there.list("skill", where=["metrics.return.mean > 500"], base="walker/stand") == bank.list("skill", where=["metrics.return.mean > 500"])
+    assert there.resolve("walker/walk@best") == Ref("walker/walk", 1)
+    content = bank.card("walker/run").hash
+    assert there.resolve(f"@sha256:{content[:8]}") == Ref("walker/run", 1)
+    assert there.get("walker/walk").fingerprint == bank.get("walker/walk").fingerprint
+    assert there.lineage("walker/both") == bank.lineage("walker/both")
+    assert there.verify() == []
+    assert [name for name, _ in there.names()] == ["walker/both", "walker/gated", "walker/run", "walker/stand", "walker/walk"]
+
+
+def test_a_bank_elsewhere_is_only_read(bank, url):
+    bank.push(url)
+    there = Bank(url if "://" in url else f"file://{url}")
+    for write in (
+        lambda: there.put(skill_of(9), "walker/new"),
+        lambda: there.alias("walker/walk", "best", 2),
+        lambda: there.remove("walker/both"),
+        lambda: there.gc(),
+    ):
+        with pytest.raises(ValueError, match=r"Bank\(.*\) is elsewhere, where it is only read: work on a bank in a folder and push it there"):
+            write()
+    assert there.list() == bank.list()
+
+
+def test_no_bank_elsewhere(url):
+    with pytest.raises(FileNotFoundError, match="no bank at"):
+        Bank(url if "://" in url else f"file://{url}").list()
+
+
+def test_what_was_read_of_a_bank_elsewhere_is_kept_and_checked(bank, tmp_path):
+    url = f"file://{tmp_path}/there"
+    bank.push(url)
+    folder = Bank(url).path("walker/walk")
+    assert folder.parent.parent.parent != tmp_path / "there"
+    stamp = (folder / "card.json").stat().st_ino
+    assert Bank(url).path("walker/walk") == folder
+    assert (folder / "card.json").stat().st_ino == stamp, "read once"
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert Bank(url).get("walker/walk").fingerprint == bank.get("walker/walk").fingerprint
+    (tmp_path / "there/walker/walk/2/adapter_model.safetensors").write_bytes(b"")
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"walker/walk@2: adapter_model.safetensors did not arrive as its card says"):
+        Bank(url).get("walker/walk")

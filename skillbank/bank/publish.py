@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
+from skillbank.bank.layout import TEMPORARY
 from skillbank.bank.refs import Ref, parse_version
 from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["PARTIAL_FILE", "TEMPORARY", "arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
-
-TEMPORARY = ".tmp-"
-PARTIAL_FILE = ".partial"
-"""In the folder of a version while it is pushed from elsewhere; without a card beside it the version is none yet."""
+__all__ = ["arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
 
 
 @contextmanager
@@ -65,10 +62,10 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     number = 0
     while True:
         taken = _taken(parent)  # before the search for equals: what comes in between makes the rename fail
-        for ref in (Ref(name, number) for number in bank.versions(name)):
-            other = bank.card(ref)
+        for row in bank.place.with_content(card.hash, name):
+            other = bank.card(row.ref)
             if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
-                return ref
+                return row.ref
         number = max(number, *taken, 0) + 1
         try:
             folder.rename(parent / str(number))
@@ -80,7 +77,7 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
         return Ref(name, number)
 
 
-def arrive(bank: Bank, folder: Path, ref: Ref) -> None:
+def arrive(root: Path, folder: Path, ref: Ref) -> None:
     """Rename a complete version from another bank to its own number; one with the same card may be there already.
 
     Raises:
@@ -88,7 +85,7 @@ def arrive(bank: Bank, folder: Path, ref: Ref) -> None:
 
     """
     _flush(folder)
-    target = bank.root / ref.name / str(ref.number)
+    target = root / ref.name / str(ref.number)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(target)

@@ -57,8 +57,8 @@ class Where:
         except ValueError:
             return cls(match["field"], match["sign"], value)
 
-    def __call__(self, card: Card) -> bool:
-        """Whether a card fulfils it; one without the field does not, and neither does a number compared with a text."""
+    def __call__(self, card: Card | Mapping[str, Any]) -> bool:
+        """Whether a card, or the fields of one, fulfil it; one without the field does not, and neither does a number compared with a text."""
         found = field(card, self.field)
         if found is None:
             return False
@@ -68,9 +68,9 @@ class Where:
         return _SIGNS[self.sign](found, self.value) if alike else self.sign == "!="
 
 
-def field(card: Card, path: str) -> Any:
+def field(card: Card | Mapping[str, Any], path: str) -> Any:
     """Value at a dotted path in a card, None where there is none."""
-    value: Any = vars(card)
+    value: Any = vars(card) if isinstance(card, Card) else card
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:
             return None

@@ -1,7 +1,5 @@
 """Reading a bank: names, versions, references, cards and what they hold.
 
-`<root>/<name>/<version>/` holds one version, `<root>/<name>/aliases.json` the aliases of a name. The listing of the folders is the index.
-
 Nothing here imports torch until a tensor is read, so that listing is fast.
 """
 
@@ -9,20 +7,22 @@ from __future__ import annotations
 
 import builtins
 import fnmatch
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from skillbank.bank.aliases import ALIASES_FILE, Move, read_moves, table
+from skillbank.bank.aliases import ALIASES_FILE, Move, table
 from skillbank.bank.card import CARD_FILE, KINDS, Card
+from skillbank.bank.folder import Folder, Place
 from skillbank.bank.links import common_base, lineage
-from skillbank.bank.publish import PARTIAL_FILE
 from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, read_payload
-from skillbank.bank.refs import Ref, UnknownRef, check_name, parse_version
-from skillbank.bank.removal import TOMBSTONE_FILE, tombstone
+from skillbank.bank.refs import Ref, UnknownRef, check_name
 from skillbank.words import did_you_mean
 
 __all__ = ["BankReader", "Entry"]
@@ -30,25 +30,52 @@ __all__ = ["BankReader", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a listing."""
+    """One line of a listing.
+
+    Args:
+        ref: exact reference.
+        data: bytes of the card.
+
+    """
 
     ref: Ref
-    card: Card
+    data: bytes = field(repr=False)
+
+    @cached_property
+    def card(self) -> Card:
+        """What they say."""
+        return Card.from_bytes(self.data)
 
 
 class BankReader:
     """The reading half of a `Bank`."""
 
-    def __init__(self, root: str | os.PathLike[str] = "adapters") -> None:
-        if "://" in str(root):
-            raise ValueError(f"{str(root)!r} is a URL: this version of skillbank opens local folders only")
-        self.root = Path(root).expanduser()
-        if self.root.exists() and not self.root.is_dir():
-            raise ValueError(f"{str(self.root)!r} is a file: a bank is a folder")
+    def __init__(self, root: str | os.PathLike[str] | Place = "adapters") -> None:
+        self.place: Place
+        if not isinstance(root, str | os.PathLike):
+            self.place = root
+        elif "://" in str(root):
+            from skillbank.bank.remote import Remote
+
+            self.place = Remote(str(root))
+        else:
+            self.place = Folder(Path(root))
 
     def __repr__(self) -> str:
         """Return `Bank('adapters')`."""
-        return f"Bank({str(self.root)!r})"
+        return f"Bank({str(self.place)!r})"
+
+    @property
+    def root(self) -> Path:
+        """Folder of the bank.
+
+        Raises:
+            ValueError: the bank is elsewhere.
+
+        """
+        if isinstance(self.place, Folder):
+            return self.place.root
+        raise ValueError(f"{self} is elsewhere, where it is only read: work on a bank in a folder and push it there")
 
     def names(self) -> Iterator[tuple[str, builtins.list[int]]]:
         """Every name with its versions, both in order.
@@ -57,16 +84,11 @@ class BankReader:
             FileNotFoundError: there is no bank at the root.
 
         """
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no bank at {str(self.root)!r}: give the folder of a bank, or put something into it first")
-        yield from self._walk("")
+        yield from self.place.names()
 
     def versions(self, name: str) -> builtins.list[int]:
         """Version numbers of a name, ascending; empty where there is none."""
-        folder = self.root / check_name(name)
-        if not folder.is_dir():
-            return []
-        return sorted(number for entry in os.scandir(folder) if (number := _version(entry)) is not None)
+        return self.place.versions(check_name(name))
 
     def aliases(self, name: str) -> dict[str, int]:
         """`{alias: version}` of a name.
@@ -85,7 +107,7 @@ class BankReader:
 
         """
         try:
-            return read_moves(self.root / check_name(name))
+            return self.place.moves(check_name(name))
         except ValueError as error:
             raise ValueError(f"{name}: {ALIASES_FILE} {error}") from None
 
@@ -100,6 +122,8 @@ class BankReader:
         ref = Ref.parse(ref)
         if ref.content is not None:
             return self._by_content(ref, ref.content)
+        if isinstance(ref.version, int) and self.place.has(ref):
+            return ref
         versions = self.versions(ref.name)
         if not versions:
             raise UnknownRef(f"no {ref.name!r} in {self}: {did_you_mean(ref.name, (name for name, _ in self.names()))}")
@@ -108,17 +132,17 @@ class BankReader:
         if isinstance(ref.version, str):
             aliases = self.aliases(ref.name)
             if ref.version not in aliases:
-                raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r}: {did_you_mean(ref.version, aliases)}")
+                raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r} in {self}: {did_you_mean(ref.version, aliases)}")
             ref = Ref(ref.name, aliases[ref.version])
         if ref.version not in versions:
-            if (stone := tombstone(self._folder(ref))) is not None:
+            if (stone := self.place.tombstone(ref)) is not None:
                 raise UnknownRef(f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}")
-            raise UnknownRef(f"{ref.name!r} has no version {ref.version}: there is {', '.join(map(str, versions))}")
+            raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, versions))}")
         return ref
 
     def path(self, ref: str | Ref) -> Path:
         """Folder of a version, which PEFT can load."""
-        return self._folder(self.resolve(ref))
+        return self.place.folder(self.resolve(ref))
 
     def card(self, ref: str | Ref) -> Card:
         """Card of a version.
@@ -130,7 +154,13 @@ class BankReader:
         return self._card(self.resolve(ref))
 
     def list(
-        self, kind: str | None = None, pattern: str | None = None, *, base: str | Ref | None = None, where: Iterable[str | Where] = ()
+        self,
+        kind: str | None = None,
+        pattern: str | None = None,
+        *,
+        base: str | Ref | None = None,
+        where: Iterable[str | Where] = (),
+        text: str = "",
     ) -> builtins.list[Entry]:
         """Every version that is asked for, by name and number.
 
@@ -139,20 +169,34 @@ class BankReader:
             pattern: shell pattern that the name matches, such as `walker/*`.
             base: reference of the base that it belongs to.
             where: conditions on the card that all hold, such as `metrics.return > 600`, see `Where`.
+            text: what the card contains, anywhere, whatever the case.
 
         Raises:
-            ValueError: an unknown kind or a condition of another form.
+            ValueError: an unknown kind, a condition of another form, or a card that cannot be read among the names that are asked for.
             UnknownRef: no such base.
+            FileNotFoundError: there is no bank.
 
         """
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind={kind!r}: a bank holds {', '.join(KINDS)}")
-        names = [(name, numbers) for name, numbers in self.names() if pattern is None or fnmatch.fnmatchcase(name, pattern)]
-        entries = [Entry(ref, self._card(ref)) for name, numbers in names for ref in (Ref(name, number) for number in numbers)]
         conditions = [each if isinstance(each, Where) else Where.parse(each) for each in where]
-        conditions += [] if kind is None else [Where("kind", "=", kind)]
-        conditions += [] if base is None else [Where("base.ref", "=", str(self.resolve(base)))]
-        return [entry for entry in entries if all(condition(entry.card) for condition in conditions)]
+        rows = self.place.rows()
+        if pattern is not None:
+            matches = re.compile(fnmatch.translate(pattern)).match
+            rows = [row for row in rows if matches(row.ref.name)]
+        for row in rows:
+            if row.problem:
+                raise ValueError(row.problem)
+        if kind is not None:
+            rows = [row for row in rows if row.kind == kind]
+        if base is not None:
+            exact = str(self.resolve(base))
+            rows = [row for row in rows if row.base == exact]
+        if text:
+            rows = [row for row in rows if text.lower() in row.card.decode().lower()]
+        if conditions:
+            rows = [row for row in rows for values in [json.loads(row.card)] if all(condition(values) for condition in conditions)]
+        return [Entry(row.ref, row.card) for row in rows]
 
     def base_of(self, refs: Iterable[str | Ref]) -> Ref:
         """Exact reference of the base that all of `refs` share; a ValueError names the bases where they differ."""
@@ -173,60 +217,25 @@ class BankReader:
         from skillbank.bank.verify import check_files, check_links
 
         ref = self.resolve(ref)
-        card = self._card(ref)
-        problems = [*check_files(self._folder(ref), ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
+        card, folder = self._card(ref), self.place.folder(ref)
+        problems = [*check_files(folder, ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
         if problems:
             raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
-        return read_payload(card.kind, self._folder(ref))
-
-    def _walk(self, name: str) -> Iterator[tuple[str, builtins.list[int]]]:
-        numbers: builtins.list[int] = []
-        deeper: builtins.list[str] = []
-        for entry in os.scandir(self.root / name):
-            number = _version(entry)
-            if number is not None:
-                numbers.append(number)
-            elif not entry.name.startswith(".") and not entry.name.isdigit() and entry.is_dir(follow_symlinks=False):
-                deeper.append(entry.name)
-        if name and numbers:
-            yield name, sorted(numbers)
-        for each in sorted(deeper):
-            yield from self._walk(f"{name}/{each}" if name else each)
-
-    def _folder(self, ref: Ref) -> Path:
-        return self.root / ref.name / str(ref.number)
+        return read_payload(card.kind, folder)
 
     def _card(self, ref: Ref) -> Card:
         try:
-            return Card.from_bytes((self._folder(ref) / CARD_FILE).read_bytes())
+            return Card.from_bytes(self.place.card(ref))
         except FileNotFoundError:
             raise ValueError(f"{ref}: {CARD_FILE} is missing") from None
         except ValueError as error:
             raise ValueError(f"{ref}: {CARD_FILE} {error}") from None
 
     def _by_content(self, ref: Ref, prefix: str) -> Ref:
-        names = [(ref.name, self.versions(ref.name))] if ref.name else list(self.names())
-        found = [
-            (card.hash, each)
-            for name, numbers in names
-            for each in (Ref(name, number) for number in numbers)
-            if (card := self._card(each)).hash.startswith(prefix)
-        ]
+        found = self.place.with_content(prefix, ref.name)
         if not found:
             raise UnknownRef(f"no content {str(ref)!r} in {self}: `skillbank list` and `skillbank show` say what there is")
-        if len({content for content, _ in found}) > 1:
-            listed = ", ".join(f"{each} ({content[:16]})" for content, each in found[:5])
+        if len({row.hash for row in found}) > 1:
+            listed = ", ".join(f"{row.ref} ({row.hash[:16]})" for row in found[:5])
             raise ValueError(f"{str(ref)!r} is ambiguous, it fits {listed}: give more digits")
-        return found[0][1]
-
-
-def _version(entry: os.DirEntry[str]) -> int | None:
-    """Version number of a folder that holds something."""
-    number = parse_version(entry.name)
-    if number is None or not entry.is_dir(follow_symlinks=False):
-        return None
-    with os.scandir(entry.path) as inside:
-        names = {each.name for each in inside}
-    if TOMBSTONE_FILE in names or (PARTIAL_FILE in names and CARD_FILE not in names):
-        return None
-    return number if any(not name.startswith(".") for name in names) else None
+        return found[0].ref

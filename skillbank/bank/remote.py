@@ -1,35 +1,33 @@
-"""Versions from bank to bank: to and from any place that fsspec can write to, such as a folder, `s3://`, `gs://` or `memory://`.
+"""A bank elsewhere, in any place that fsspec can read: `s3://`, `gs://`, `hf://`, `memory://`, or a folder.
 
-A remote bank has the same folders and files. The card of a version is written last, so that half a version is none there either; what is there
-already does not travel again, so that an interrupted transfer goes on when it is started again.
+It has the same folders and files. What is read of a version is copied to the user's cache folder first, every file checked against the card.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from skillbank.bank.aliases import ALIASES_FILE, Move, join, parse_moves, table, take, to_bytes
+from skillbank.bank.aliases import ALIASES_FILE, Move, parse_moves
 from skillbank.bank.card import CARD_FILE, Card
-from skillbank.bank.publish import PARTIAL_FILE, TEMPORARY, arrive, same_version, temporary
-from skillbank.bank.refs import Ref, UnknownRef, parse_version
-from skillbank.bank.sealed import write_new
-from skillbank.words import did_you_mean
+from skillbank.bank.index import Row, cache_folder, row
+from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
+from skillbank.bank.publish import arrive, temporary
+from skillbank.bank.refs import Ref, parse_version
+from skillbank.bank.sealed import file_digest, locked, unseal, write_new
 
-if TYPE_CHECKING:
-    from skillbank.bank.store import Bank
-
-__all__ = ["Remote", "pull", "push"]
+__all__ = ["Remote", "download"]
 
 _CHUNK = 2**22
 
 
 class Remote:
-    """A bank elsewhere.
+    """A bank at a URL.
 
     Args:
         url: a URL that fsspec knows, or a path.
@@ -45,19 +43,92 @@ class Remote:
         self.url = url
         try:
             self.files, self.root = url_to_fs(url)
-        except ImportError as error:
-            raise ValueError(f"{url!r} needs a package that is not installed: {error}") from None
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url!r} cannot be opened: {error}") from None
         self.root = self.root.rstrip("/")
+        self.cache = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32]
 
-    @cached_property
-    def versions(self) -> dict[str, list[int]]:
-        """Complete versions by name, as they were when this was first asked."""
-        found: dict[str, list[int]] = {}
-        for path in self.files.find(self.root) if self.files.exists(self.root) else ():
-            *name, number, file = path.removeprefix(self.root).strip("/").split("/")
-            if file == CARD_FILE and name and (version := parse_version(number)) is not None and not any(part.startswith(".") for part in name):
-                found.setdefault("/".join(name), []).append(version)
-        return {name: sorted(numbers) for name, numbers in sorted(found.items())}
+    def __str__(self) -> str:
+        """URL."""
+        return self.url
+
+    def names(self) -> Iterator[tuple[str, list[int]]]:
+        """See `Place`."""
+        if not self.exists():
+            raise FileNotFoundError(f"no bank at {self.url!r}: push one there first")
+        found: dict[str, list[int]] = defaultdict(list)
+        for ref in self._holding(CARD_FILE):
+            found[ref.name].append(ref.number)
+        yield from ((name, sorted(found[name])) for name in sorted(found))
+
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        self.files.invalidate_cache()
+        return bool(self.files.exists(self.root))
+
+    def versions(self, name: str) -> list[int]:
+        """See `Place`."""
+        self.files.invalidate_cache()
+        return sorted(ref.number for ref in self._holding(CARD_FILE, name, depth=2) if ref.name == name)
+
+    def has(self, ref: Ref) -> bool:
+        """See `Place`."""
+        return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
+
+    def rows(self) -> list[Row]:
+        """See `Place`."""
+        refs = [Ref(name, number) for name, numbers in self.names() for number in numbers]
+        paths = {ref: self.path(ref.name, str(ref.number), CARD_FILE) for ref in refs}
+        cards = self.files.cat(list(paths.values()), on_error="return") if refs else {}
+        return [row(ref, card if isinstance(card := cards.get(path), bytes) else None) for ref, path in paths.items()]
+
+    def with_content(self, prefix: str, name: str = "") -> list[Row]:
+        """See `Place`."""
+        return [each for each in self.rows() if each.hash.startswith(prefix) and name in ("", each.ref.name)]
+
+    def card(self, ref: Ref) -> bytes:
+        """See `Place`."""
+        return self.read(ref.name, str(ref.number), CARD_FILE)
+
+    def moves(self, name: str) -> list[Move]:
+        """See `Place`."""
+        try:
+            return parse_moves(self.read(name, ALIASES_FILE))
+        except FileNotFoundError:
+            return []
+
+    def tombstone(self, ref: Ref) -> dict[str, Any] | None:
+        """See `Place`."""
+        try:
+            return unseal(self.read(ref.name, str(ref.number), TOMBSTONE_FILE))
+        except FileNotFoundError:
+            return None
+
+    def tombstones(self) -> list[Ref]:
+        """See `Place`."""
+        return sorted(self._holding(TOMBSTONE_FILE), key=str)
+
+    def folder(self, ref: Ref) -> Path:
+        """See `Place`; what is not in the cache, or is damaged there, is copied."""
+        target = self.cache / ref.name / str(ref.number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.with_name(f".{target.name}.lock")):
+            if not self._holds(target, self.card(ref)):
+                with temporary(self.cache) as folder:
+                    download(self, ref, folder)
+                    shutil.rmtree(target, ignore_errors=True)
+                    arrive(self.cache, folder, ref)
+        return target
+
+    @staticmethod
+    def _holds(folder: Path, card: bytes) -> bool:
+        """Whether a folder is the version with this card, every byte of it."""
+        try:
+            files = Card.from_bytes(card).files
+            same = (folder / CARD_FILE).read_bytes() == card
+            return same and all(file_digest(folder / name) == entry["sha256"] for name, entry in files.items())
+        except FileNotFoundError:
+            return False
 
     def read(self, *parts: str) -> bytes:
         """Bytes of a file."""
@@ -74,114 +145,30 @@ class Remote:
         """Path of a file."""
         return "/".join((self.root, *parts))
 
-    def card(self, ref: Ref) -> Card:
-        """Card of a version."""
-        try:
-            return Card.from_bytes(self.read(ref.name, str(ref.number), CARD_FILE))
-        except ValueError as error:
-            raise ValueError(f"{self.url}: {ref}: {CARD_FILE} {error}") from None
-
-    def moves(self, name: str) -> list[Move]:
-        """Moves of the aliases of a name."""
-        if not self.files.exists(self.path(name, ALIASES_FILE)):
-            return []
-        try:
-            return parse_moves(self.read(name, ALIASES_FILE))
-        except ValueError as error:
-            raise ValueError(f"{self.url}: {name}: {ALIASES_FILE} {error}") from None
-
-    def resolve(self, ref: str | Ref) -> Ref:
-        """Return the exact reference that a name, a version or an alias means there; an UnknownRef says what is close."""
-        ref = Ref.parse(ref)
-        numbers = self.versions.get(ref.name, [])
-        if not numbers:
-            raise UnknownRef(f"no {ref.name!r} at {self.url}: {did_you_mean(ref.name, self.versions)}")
-        version: int | str | None = numbers[-1] if ref.version is None else ref.version
-        if isinstance(version, str):
-            aliases = {alias: each.version for alias, each in table(self.moves(ref.name)).items()}
-            if aliases.get(version) is None:
-                raise UnknownRef(f"{ref.name!r} has no alias {version!r} at {self.url}: {did_you_mean(version, aliases)}")
-            version = aliases[version]
-        if version not in numbers:
-            raise UnknownRef(f"{ref.name!r} has no version {version} at {self.url}: there is {', '.join(map(str, numbers))}")
-        return Ref(ref.name, version)
+    def _holding(self, file: str, name: str = "", depth: int | None = None) -> Iterator[Ref]:
+        """Numbered folders, below a name or all, that hold a file of this name."""
+        for path in self.files.find(self.path(name).rstrip("/"), maxdepth=depth):
+            *folders, number, found = path.removeprefix(self.root).strip("/").split("/")
+            if found == file and folders and (version := parse_version(number)) is not None and not any(each.startswith(".") for each in folders):
+                yield Ref("/".join(folders), version)
 
 
-def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Callable[[int, int], None]) -> list[Ref]:
-    """See `Bank.push`."""
-    remote = Remote(url)
-    wanted = _closure(refs or [Ref(name, number) for name, numbers in bank.names() for number in numbers], bank.resolve, bank.card)
-    moves = {name: join(name, bank.moves(name), remote.moves(name)) for name in dict.fromkeys(ref.name for ref in wanted)}
-    sent = []
-    for count, ref in enumerate(wanted):
-        done(count, len(wanted))
-        folder, there = bank.path(ref), (ref.name, str(ref.number))
-        card = (folder / CARD_FILE).read_bytes()
-        if ref.number in remote.versions.get(ref.name, ()):
-            same_version(ref, card, remote.read(*there, CARD_FILE))
-            continue
-        remote.files.makedirs(remote.path(*there), exist_ok=True)
-        remote.files.pipe_file(remote.path(*there, PARTIAL_FILE), b"")
-        for name in sorted(Card.from_bytes(card).files):
-            remote.files.put_file(str(folder / name), remote.path(*there, name))
-        remote.write(card, *there, CARD_FILE)
-        remote.files.rm_file(remote.path(*there, PARTIAL_FILE))
-        sent.append(ref)
-    for name, each in moves.items():
-        if each and each != remote.moves(name):
-            remote.write(to_bytes(each), name, ALIASES_FILE)
-    done(len(wanted), len(wanted))
-    return sent
+def download(remote: Remote, ref: Ref, folder: Path) -> None:
+    """Copy a version into an empty folder, its card last, every file checked on the way.
 
+    Raises:
+        ValueError: a file is not what the card says.
 
-def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Callable[[int, int], None]) -> list[Ref]:
-    """See `Bank.pull`."""
-    remote = Remote(url)
-    wanted = _closure(refs or [Ref(name, number) for name, numbers in remote.versions.items() for number in numbers], remote.resolve, remote.card)
-    theirs = {name: remote.moves(name) for name in dict.fromkeys(ref.name for ref in wanted)}
-    for name, moves in theirs.items():
-        join(name, bank.moves(name), moves)
-    got = []
-    for count, ref in enumerate(wanted):
-        done(count, len(wanted))
-        if ref.number in bank.versions(ref.name):
-            same_version(ref, (bank.path(ref) / CARD_FILE).read_bytes(), remote.read(ref.name, str(ref.number), CARD_FILE))
-            continue
-        with temporary(bank.root) as folder:
-            card = remote.read(ref.name, str(ref.number), CARD_FILE)
-            for name, entry in sorted(Card.from_bytes(card).files.items()):
-                _download(remote, ref, name, folder / name, entry["sha256"])
-            write_new(folder / CARD_FILE, card)
-            arrive(bank, folder, ref)
-        got.append(ref)
-    for name, moves in theirs.items():
-        if moves:
-            take(bank.root / name, name, moves)
-    done(len(wanted), len(wanted))
-    return got
-
-
-def _closure(refs: Iterable[str | Ref], resolve: Callable[[str | Ref], Ref], card: Callable[[Ref], Card]) -> list[Ref]:
-    """Versions and everything that they stand on, which comes first."""
-    order: dict[Ref, None] = {}
-
-    def visit(ref: Ref) -> None:
-        if ref in order:
-            return
-        for link in card(ref).stands_on:
-            visit(Ref.parse(link))
-        order[ref] = None
-
-    for ref in refs:
-        visit(resolve(ref))
-    return list(order)
-
-
-def _download(remote: Remote, ref: Ref, name: str, target: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with remote.files.open(remote.path(ref.name, str(ref.number), name), "rb") as source, target.open("xb") as file:
-        while chunk := source.read(_CHUNK):
-            digest.update(chunk)
-            file.write(chunk)
-    if digest.hexdigest() != expected:
-        raise ValueError(f"{remote.url}: {ref}: {name} did not arrive as its card says: it was changed there or on the way; nothing of it was stored")
+    """
+    card = remote.card(ref)
+    for name, entry in sorted(Card.from_bytes(card).files.items()):
+        digest = hashlib.sha256()
+        with remote.files.open(remote.path(ref.name, str(ref.number), name), "rb") as source, (folder / name).open("xb") as file:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != entry["sha256"]:
+            raise ValueError(
+                f"{remote.url}: {ref}: {name} did not arrive as its card says: it was changed there or on the way; nothing of it was stored"
+            )
+    write_new(folder / CARD_FILE, card)

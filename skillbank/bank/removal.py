@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.aliases import ALIASES_LOCK, ALIASES_TEMPORARY
 from skillbank.bank.card import CARD_FILE
-from skillbank.bank.publish import PARTIAL_FILE, TEMPORARY, lock_of, temporary
+from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE
+from skillbank.bank.publish import lock_of, temporary
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["TOMBSTONE_FILE", "dependents", "gc", "remove", "tombstone"]
+__all__ = ["dependents", "gc", "remove", "tombstone"]
 
-TOMBSTONE_FILE = "tombstone.json"
 _FORMAT = 1
 
 
 def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
     """Versions that name `ref` as their base or as a parent, by name and number."""
     exact = str(bank.resolve(ref))
-    return [entry.ref for entry in bank.list() if exact in entry.card.stands_on]
+    return [entry.ref for entry in bank.list(text=exact) if exact in entry.card.stands_on]
 
 
 def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
@@ -48,7 +48,7 @@ def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
     card = bank.card(ref)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     body = {"format": _FORMAT, "kind": card.kind, "hash": card.hash, "reason": reason, "when": when}
-    with temporary(bank.root) as beside:
+    with temporary(folder.parent) as beside:  # in the folder of the name, whose time stamp tells the index
         write_new(beside / TOMBSTONE_FILE, seal(body))
         (beside / TOMBSTONE_FILE).rename(folder / TOMBSTONE_FILE)
     fsync(folder)
@@ -70,20 +70,23 @@ def tombstone(folder: Path) -> dict[str, Any] | None:
 
 def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
     """Remove what interrupted writers and removers left behind; returns it. Writers that are still at it are left alone."""
-    left = [path for path in sorted(bank.root.glob(f"{TEMPORARY}*")) if _free(path, dry_run)]
-    for name in (path.parent for path in sorted(bank.root.rglob(f"{ALIASES_TEMPORARY}*"))):
-        left += _free_aliases(name, dry_run)
-    for stone in sorted(bank.root.rglob(TOMBSTONE_FILE)):
-        if rest := [path for path in stone.parent.iterdir() if path != stone]:
+    left: list[Path] = []
+    for here, folders, files in os.walk(bank.root):
+        folder = Path(here)
+        left += [path for path in sorted(folder / name for name in (*folders, *files) if name.startswith(TEMPORARY)) if _free(path, dry_run)]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name.startswith(ALIASES_TEMPORARY) for name in files):
+            left += _free_aliases(folder, dry_run)
+        if TOMBSTONE_FILE in files and (rest := [folder / name for name in sorted((*folders, *files)) if name != TOMBSTONE_FILE]):
             left += rest
             if not dry_run:
-                _clear(stone.parent)
-    for mark in sorted(bank.root.rglob(PARTIAL_FILE)):
-        if (mark.parent / CARD_FILE).exists():  # the rest of a push that was killed at its very end
-            left.append(mark)
+                _clear(folder)
+            folders.clear()
+        if PARTIAL_FILE in files and CARD_FILE in files:  # the rest of a push that was killed at its very end
+            left.append(folder / PARTIAL_FILE)
             if not dry_run:
-                mark.unlink()
-    return left
+                (folder / PARTIAL_FILE).unlink()
+    return sorted(left)
 
 
 def _free(path: Path, dry_run: bool) -> bool:

@@ -36,10 +36,11 @@ class Bank(BankReader):
     """A versioned folder of bases, skills and compositions.
 
     Args:
-        root: the folder; made by the first `put`. `~` is expanded.
+        root: the folder, made by the first `put` (`~` is expanded); or a URL that fsspec knows, such as `s3://bucket/bank`, which is read where
+            it is and never written to: what is read of it is kept in the user's cache folder.
 
     Raises:
-        ValueError: a URL, or a path that is a file.
+        ValueError: a path that is a file, or a URL that cannot be opened.
 
     """
 
@@ -148,13 +149,13 @@ class Bank(BankReader):
             ValueError: a version or an alias is another one there.
 
         """
-        from skillbank.bank.remote import push
+        from skillbank.bank.transfer import push
 
         return push(self, url, refs, done=done)
 
     def pull(self, url: str, *refs: str | Ref, done: Done = _silent) -> builtins.list[Ref]:
         """Copy versions from a bank elsewhere to this one, every file checked as it arrives; otherwise as `push`."""
-        from skillbank.bank.remote import pull
+        from skillbank.bank.transfer import pull
 
         with self._writing():
             return pull(self, url, refs, done=done)
@@ -166,9 +167,10 @@ class Bank(BankReader):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        root = self.root  # an error where the bank is elsewhere
         try:
             yield
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise PermissionError(f"{self} is not writable: {error.strerror} ({error.filename}); nothing was stored") from error
+                raise PermissionError(f"the bank {str(root)!r} is not writable: {error.strerror} ({error.filename}); nothing was stored") from error
             raise

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skillbank.bank.card import CARD_FILE, Card, content_hash
+from skillbank.bank.layout import PARTIAL_FILE, TOMBSTONE_FILE
 from skillbank.bank.links import recompute_fingerprint
-from skillbank.bank.publish import PARTIAL_FILE
 from skillbank.bank.records import read_payload
 from skillbank.bank.refs import Ref
-from skillbank.bank.removal import TOMBSTONE_FILE, tombstone
 from skillbank.bank.sealed import file_digest
 
 if TYPE_CHECKING:
@@ -152,14 +151,11 @@ def _check_content(bank: BankReader, ref: Ref, card: Card) -> Iterator[Problem]:
 
 
 def _check_tombstones(bank: BankReader) -> Iterator[Problem]:
-    for path in sorted(bank.root.rglob(TOMBSTONE_FILE)):
-        relative = path.parent.relative_to(bank.root)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
+    for ref in bank.place.tombstones():
         try:
-            tombstone(path.parent)
+            bank.place.tombstone(ref)
         except ValueError as error:
-            yield Problem(f"{relative.parent.as_posix()}@{relative.name}", TOMBSTONE_FILE, str(error))
+            yield Problem(str(ref), TOMBSTONE_FILE, str(error))
 
 
 def _check_aliases(bank: BankReader, name: str, numbers: list[int]) -> Iterator[Problem]:

@@ -1,0 +1,190 @@
+"""Cards of a bank in one SQLite file, so that a listing does not read ten thousand files.
+
+It is a cache and nothing more: it lies in the user's cache folder, is brought up to date whenever it is asked, and is made anew where it is
+missing, damaged or of another format. Changes are known by the time stamps of folders: a version appears by a rename into the folder of its name,
+and a tombstone by a rename into the folder of the version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from skillbank.bank.card import CARD_FILE, Card
+from skillbank.bank.layout import scan
+from skillbank.bank.refs import Ref
+
+__all__ = ["CACHE", "Row", "cache_folder", "row", "rows", "with_content"]
+
+CACHE = "SKILLBANK_CACHE"
+_FORMAT = 1
+_SETTLED = 2 * 10**9
+"""Nanoseconds after which a time stamp is believed: within them a folder can change once more and keep it."""
+_UNUSED = 30 * 86400
+"""Seconds."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS folder (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS version (
+    name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, card BLOB, problem TEXT, stamp TEXT, PRIMARY KEY (name, number)
+);
+CREATE INDEX IF NOT EXISTS version_hash ON version (hash);
+"""
+
+
+class Row(NamedTuple):
+    """A version as a listing needs it.
+
+    Args:
+        ref: exact reference.
+        kind: `base`, `skill` or `composition`.
+        base: reference of its base in the same bank, or nothing.
+        hash: content hash.
+        card: bytes of the card.
+        problem: why the card cannot be read; the fields before are empty then.
+
+    """
+
+    ref: Ref
+    kind: str
+    base: str
+    hash: str
+    card: bytes
+    problem: str
+
+
+def row(ref: Ref, card: bytes | None) -> Row:
+    """Row of a version by its card's bytes, None where it has none."""
+    try:
+        if card is None:
+            raise ValueError("is missing")
+        read = Card.from_bytes(card)
+    except ValueError as error:
+        return Row(ref, "", "", "", b"", f"{ref}: {CARD_FILE} {error}")
+    return Row(ref, read.kind, (read.base and read.base["ref"]) or "", read.hash, card, "")
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made anew: $SKILLBANK_CACHE, or `skillbank` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "skillbank"
+    return Path(os.environ.get(CACHE) or default).expanduser()
+
+
+def rows(root: Path) -> list[Row]:
+    """Every version of the bank in a folder, by name and number."""
+    return _ask(root, "", "ORDER BY name, number")
+
+
+def with_content(root: Path, prefix: str, name: str = "") -> list[Row]:
+    """Versions whose content hash begins so; where a name is given, of this name alone."""
+    return _ask(root, name, "WHERE hash >= ? AND hash < ? AND ? IN ('', name) ORDER BY name, number", prefix, f"{prefix}g", name)
+
+
+def _ask(root: Path, name: str, condition: str, *values: str) -> list[Row]:
+    """Bring the index up to date, for one name or all, and read from it; in memory where no file can be had."""
+    path = cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.sqlite"
+    for place in (str(path), str(path), ":memory:"):
+        try:
+            if place != ":memory:" and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _prune(path.parent)
+            with closing(sqlite3.connect(place, timeout=60, isolation_level=None)) as file:
+                _prepare(file)
+                _refresh(file, root, name)
+                found = file.execute(f"SELECT name, number, kind, base, hash, card, problem FROM version {condition}", values)
+                return [Row(Ref(name, number), *rest) for name, number, *rest in found]
+        except (OSError, sqlite3.OperationalError):  # no place to write, or not in time
+            if place == ":memory:":
+                raise
+        except sqlite3.DatabaseError:  # damaged, or another format
+            _remove(path)
+    raise AssertionError("an index in memory cannot be damaged")
+
+
+def _prepare(file: sqlite3.Connection) -> None:
+    version = file.execute("PRAGMA user_version").fetchone()[0]
+    if version == _FORMAT:
+        return
+    if version:
+        raise sqlite3.DatabaseError(f"format {version}")
+    file.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_TABLES} PRAGMA user_version = {_FORMAT};")
+
+
+def _refresh(file: sqlite3.Connection, root: Path, name: str) -> None:
+    where, names = ("WHERE path = ?", [name]) if name else ("", [])
+    known: dict[str, str] = dict(file.execute(f"SELECT path, stamp FROM folder {where}", names))
+    waiting = [name] if name else list({"": "", **known})
+    changes: list[_Change] = []
+    while waiting:
+        path = waiting.pop()
+        try:
+            stamp = _stamp(root / path)
+            if time.time_ns() - stamp.modified < _SETTLED or str(stamp) != known.get(path):
+                deeper, made = _rescan(file, root, path, stamp)
+                waiting += [each for each in deeper if each not in known and not name]
+                changes += made
+        except (FileNotFoundError, NotADirectoryError):
+            changes += [("DELETE FROM folder WHERE path = ?", (path,)), ("DELETE FROM version WHERE name = ?", (path,))]
+    if changes:
+        file.execute("BEGIN IMMEDIATE")
+        for statement, values in changes:
+            file.execute(statement, values)
+        file.execute("COMMIT")
+
+
+def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: _Stamp) -> tuple[list[str], list[_Change]]:
+    """Folders below this one, and what has to change in the tables for it."""
+    versions, deeper, arriving = scan(root / name)
+    known = dict(file.execute("SELECT number, CASE problem WHEN '' THEN stamp END FROM version WHERE name = ?", (name,)))
+    changes: list[_Change] = [("DELETE FROM version WHERE name = ? AND number = ?", (name, number)) for number in set(known) - set(versions)]
+    trusted = not arriving
+    for number in versions:
+        folder = root / name / str(number)
+        now = str(_stamp(folder))
+        if known.get(number) != now:
+            _, *found = made = row(Ref(name, number), _read(folder / CARD_FILE))
+            changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, number, *found, now)))
+            trusted &= not made.problem
+    changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, str(stamp) if trusted else "")))
+    return [f"{name}/{each}" if name else each for each in deeper], changes
+
+
+def _prune(folder: Path) -> None:
+    """Remove the indexes of banks that nobody has asked for long."""
+    for path in folder.glob("*.sqlite"):
+        if time.time() - path.stat().st_mtime > _UNUSED:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+_Change = tuple[str, tuple[object, ...]]
+
+
+class _Stamp(NamedTuple):
+    """What a folder looks like from outside."""
+
+    inode: int
+    modified: int
+
+    def __str__(self) -> str:
+        return f"{self.inode}:{self.modified}"
+
+
+def _stamp(folder: Path) -> _Stamp:
+    found = os.stat(folder)
+    return _Stamp(found.st_ino, found.st_mtime_ns)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""Which folders of a bank are versions, and which names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from skillbank.bank.card import CARD_FILE
+from skillbank.bank.refs import parse_version
+
+__all__ = ["PARTIAL_FILE", "TEMPORARY", "TOMBSTONE_FILE", "Listing", "is_version", "scan"]
+
+TEMPORARY = ".tmp-"
+PARTIAL_FILE = ".partial"
+"""In the folder of a version while it is pushed from elsewhere; without a card beside it the version is none yet."""
+TOMBSTONE_FILE = "tombstone.json"
+"""Alone in the folder of a version that was removed."""
+
+
+class Listing(NamedTuple):
+    """What one folder of a bank holds: version numbers in order, folders that lead to further names, and whether a version is arriving."""
+
+    versions: list[int]
+    deeper: list[str]
+    arriving: bool
+
+
+def scan(folder: str | Path) -> Listing:
+    """Look into the root of a bank, or the folder of a name."""
+    versions: list[int] = []
+    deeper: list[str] = []
+    arriving = False
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
+            continue
+        number = parse_version(entry.name)
+        if number is None:
+            if not entry.name.isdigit():
+                deeper.append(entry.name)
+            continue
+        inside = _names(entry.path)
+        if _is_whole(inside):
+            versions.append(number)
+        arriving |= PARTIAL_FILE in inside
+    return Listing(sorted(versions), sorted(deeper), arriving)
+
+
+def is_version(folder: str | Path) -> bool:
+    """Whether a numbered folder holds a version: not one that was removed, one that is arriving, or nothing."""
+    try:
+        return not os.path.islink(folder) and _is_whole(_names(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _names(folder: str | Path) -> set[str]:
+    with os.scandir(folder) as inside:
+        return {each.name for each in inside}
+
+
+def _is_whole(names: set[str]) -> bool:
+    if TOMBSTONE_FILE in names or (PARTIAL_FILE in names and CARD_FILE not in names):
+        return False
+    return any(not name.startswith(".") for name in names)

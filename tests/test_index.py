@@ -1,0 +1,160 @@
+"""The index of a bank: whatever happens to the bank or to the index, a listing says what lies in the folders."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skillbank.bank import Bank, Ref
+from skillbank.bank import index as indexing
+from skillbank.bank.card import Card
+from tests.test_bank import base_of, shipped, skill_of  # noqa: F401
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SKILLBANK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/index"
+
+
+@pytest.fixture
+def bank(shipped, tmp_path, cache):  # noqa: F811
+    return Bank(shutil.copytree(shipped.root, tmp_path / "bank"))
+
+
+@pytest.fixture(params=["just changed", "long ago"])
+def time_stamps(request, monkeypatch):
+    if request.param == "long ago":  # folders are believed at once, as they are two seconds later
+        monkeypatch.setattr(indexing, "_SETTLED", 0)
+
+
+def plain(bank):
+    """A listing without the index."""
+    return [(Ref(name, number), bank.place.card(Ref(name, number))) for name, numbers in bank.names() for number in numbers]
+
+
+def listed(bank):
+    return [(entry.ref, entry.data) for entry in bank.list()]
+
+
+def test_a_listing_follows_the_bank(bank, time_stamps, tmp_path):
+    assert listed(bank) == plain(bank)
+    for change in (
+        lambda: bank.put(skill_of(9), "walker/walk"),
+        lambda: bank.put(skill_of(9), "new/deep/name"),
+        lambda: bank.remove("walker/gated"),
+        lambda: bank.remove("walker/walk@1", force=True),
+        lambda: bank.alias("walker/walk", "best", 2),
+        lambda: shutil.rmtree(bank.root / "walker/both"),
+        lambda: shutil.rmtree(bank.root / "new"),
+        lambda: shutil.copytree(bank.root / "walker/run", bank.root / "walker/hop"),
+        lambda: (bank.root / "walker/hop").rename(bank.root / "hop"),
+        lambda: shutil.rmtree(bank.root / "walker/walk/2"),
+        lambda: shutil.copytree(bank.root / "walker/run/1", bank.root / "walker/walk/2"),
+        lambda: bank.put(base_of(3), "walker/stand"),
+    ):
+        change()
+        assert listed(bank) == plain(bank)
+    other = Bank(tmp_path / "other")
+    other.put(skill_of(9), "swim")
+    shutil.rmtree(bank.root)
+    other.root.rename(bank.root)
+    assert [str(ref) for ref, _ in listed(bank)] == ["swim@1"]
+
+
+def test_what_is_known_is_not_read_again(bank, monkeypatch):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    before = listed(bank)
+    monkeypatch.setattr(indexing, "scan", lambda folder: pytest.fail(f"looked into {folder}"))
+    monkeypatch.setattr(indexing, "_read", lambda path: pytest.fail(f"read {path}"))
+    assert listed(bank) == before
+    assert bank.list(text="WALKS.", where=["metrics.return.mean > 500"])[0].ref == Ref("walker/walk", 1)
+
+
+def test_a_card_is_parsed_when_it_is_looked_at(bank, monkeypatch):
+    entry = bank.list("skill", "walker/run")[0]
+    assert "card" not in vars(entry)
+    assert isinstance(entry.card, Card)
+    assert entry.card is entry.card
+
+
+def test_a_version_that_arrives_is_listed_when_its_card_is_there(bank, time_stamps):
+    folder = bank.root / "arriving/1"
+    shutil.copytree(bank.root / "walker/run/1", folder)
+    card = (folder / "card.json").read_bytes()
+    (folder / "card.json").unlink()
+    (folder / ".partial").touch()
+    assert listed(bank) == plain(bank)
+    (folder / "card.json").write_bytes(card)
+    assert Ref("arriving", 1) in dict(listed(bank))
+
+
+def test_a_damaged_card_is_named_until_it_is_mended(bank, time_stamps):
+    path = bank.root / "walker/run/1/card.json"
+    card = path.read_bytes()
+    path.write_bytes(card[:-20])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"walker/run@1: card.json does not match its seal"):
+            bank.list()
+        assert len(bank.list(pattern="walker/walk")) == 2
+    path.write_bytes(card)
+    assert listed(bank) == plain(bank)
+
+
+@pytest.mark.parametrize("damage", ["gone", "noise", "cut", "another format", "no database"])
+def test_an_index_that_cannot_be_read_is_made_anew(bank, cache, damage):
+    before = listed(bank)
+    (path,) = cache.glob("*.sqlite")
+    for rest in cache.glob("*.sqlite-*"):
+        rest.unlink()
+    data = path.read_bytes()
+    if damage == "another format":
+        with sqlite3.connect(path) as file:
+            file.execute("PRAGMA user_version = 99")
+        file.close()
+    else:
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes({"noise": data[:100] + os.urandom(len(data) - 100), "cut": data[: len(data) // 2], "no database": b"text" * 500}[damage])
+    assert listed(bank) == before
+    assert listed(bank) == before
+
+
+def test_without_a_place_for_it_there_is_an_index_all_the_same(bank, monkeypatch):
+    monkeypatch.setenv("SKILLBANK_CACHE", "/proc/nowhere")
+    assert listed(bank) == plain(bank)
+    assert bank.put(skill_of(1), "walker/walk", card={"base": "walker/stand"}) == Ref("walker/walk", 1)
+
+
+def test_indexes_that_nobody_asks_for_are_swept(bank, cache, tmp_path):
+    listed(bank)
+    (path,) = cache.glob("*.sqlite")
+    os.utime(path, (0, 0))
+    other = Bank(tmp_path / "other")
+    other.put(skill_of(1), "walk")
+    assert not path.exists()
+    assert listed(bank) == plain(bank)
+
+
+def test_the_cache_is_in_the_users_folder(monkeypatch):
+    monkeypatch.delenv("SKILLBANK_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert indexing.cache_folder() == Path("/somewhere/skillbank")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert indexing.cache_folder() == Path.home() / ".cache/skillbank"
+
+
+def test_many_processes_list_and_put_at_once(bank):
+    code = (
+        "import sys; from tests.test_bank import skill_of; from skillbank.bank import Bank; bank = Bank(sys.argv[1]); "
+        "[(bank.put(skill_of(100 * int(sys.argv[2]) + n), 'crowd'), bank.list()) for n in range(5)]"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, str(bank.root), str(which)]) for which in range(3)]
+    assert [process.wait() for process in started] == [0] * 3
+    assert bank.versions("crowd") == list(range(1, 16))
+    assert listed(bank) == plain(bank)
+    assert bank.verify() == []
