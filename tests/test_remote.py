@@ -1,5 +1,6 @@
 """Push and pull: what arrives is byte-identical and verified, what is there stays, what differs is an error, what breaks goes on."""
 
+import logging
 import shutil
 import sys
 import uuid
@@ -18,9 +19,31 @@ def bank(shipped, tmp_path):  # noqa: F811
     return Bank(shutil.copytree(shipped.root, tmp_path / "bank"))
 
 
-@pytest.fixture(params=["memory", "folder", "file"])
+@pytest.fixture(scope="module")
+def s3():
+    """A real S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("banks")
+        yield "s3://banks"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "folder", "file", "s3"])
 def url(request, tmp_path):
-    yield {"memory": f"memory://{uuid.uuid4().hex}/bank", "folder": str(tmp_path / "remote"), "file": f"file://{tmp_path}/other"}[request.param]
+    name = uuid.uuid4().hex
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('s3')}/{name}"
+        return
+    yield {"memory": f"memory://{name}/bank", "folder": str(tmp_path / "remote"), "file": f"file://{tmp_path}/other"}[request.param]
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
 
@@ -105,15 +128,16 @@ class Broken(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize("after", range(0, 18, 3))
-def test_an_interrupted_push_shows_no_half_and_goes_on(bank, monkeypatch, tmp_path, after):
-    url = str(tmp_path / "remote")
-    files = type(fsspec.filesystem("file"))
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_an_interrupted_push_shows_no_half_and_goes_on(bank, request, monkeypatch, tmp_path, after, kind):
+    url = str(tmp_path / "remote") if kind == "file" else f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
+    files = Remote(url).files
     real, count = files.put_file, iter(range(100))
 
-    def breaks(self, *arguments, **options):
+    def breaks(*arguments, **options):
         if next(count) == after:
             raise Broken
-        return real(self, *arguments, **options)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "put_file", breaks)
