@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from skillbank.load import load
     from skillbank.merge import merge
     from skillbank.model import Model, Task, check_model
+    from skillbank.recipe import rebuild
     from skillbank.search import duplicates, similar
-    from skillbank.skill import Skill, cosine, gram, stack, truncate
+    from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,9 @@ _HOME = {
     "load": ["load"],
     "merge": ["merge"],
     "model": ["Model", "Task", "check_model"],
+    "recipe": ["rebuild"],
     "search": ["duplicates", "similar"],
-    "skill": ["Skill", "cosine", "gram", "stack", "truncate"],
+    "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -58,6 +60,7 @@ __all__ = [
     "check_model",
     "cosine",
     "detach",
+    "distance",
     "duplicates",
     "export",
     "fit",
@@ -70,6 +73,7 @@ __all__ = [
     "merge",
     "read",
     "read_adapter",
+    "rebuild",
     "similar",
     "stack",
     "truncate",

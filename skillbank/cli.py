@@ -290,6 +290,46 @@ def gc(bank: _BankOption = _DEFAULT, dry_run: Annotated[bool, typer.Option("--dr
 
 
 @app.command()
+def diff(one: str, two: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) -> None:
+    """Show what differs between two versions: skills module by module, and their cards."""
+    from skillbank.skill import Skill, distance
+
+    store = Bank(bank)
+    things = [store.get(ref) for ref in (one, two)]
+    first, second = ({key: value for key, value in _fields(store.card(ref)) if not key.startswith("tool ")} for ref in (one, two))
+    both = [thing for thing in things if isinstance(thing, Skill)]
+    apart = {name: value for name, value in distance(*both).items() if value} if len(both) == 2 else {}
+    fields = {key: [first.get(key), second.get(key)] for key in (*first, *second) if first.get(key) != second.get(key)}
+    if json:
+        _print_json({"distance": apart, "card": fields})
+        return
+    table = _table("", str(store.resolve(one)), str(store.resolve(two)))
+    for key, (left, right) in fields.items():
+        table.add_row(key, left or "", right or "")
+    _print(table)
+    if apart:
+        _print_parts("module", apart)
+
+
+@app.command("rebuild")
+def rebuild_(ref: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) -> None:
+    """Make a version again from its card and compare, bit for bit; exit code 1 where it differs."""
+    from skillbank.recipe import rebuild
+
+    found = rebuild(ref, Bank(bank))
+    if json:
+        _print_json({"ref": str(found.ref), "equal": found.equal, "differences": found.differences, "changed": found.changed})
+    elif found.equal:
+        typer.echo(f"{found.ref} is bit-equal")
+    else:
+        _print_parts(f"differs in {found.ref}", found.differences)
+        for what, how in found.changed.items():
+            typer.echo(f"since it was made, {what} has changed: {how}")
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(ref: Annotated[str | None, typer.Argument(help="One version; the whole bank without it.")] = None, bank: _BankOption = _DEFAULT) -> None:
     """Check every byte of a version, or of the bank; exit code 1 when something is wrong."""
     store = Bank(bank)
@@ -310,6 +350,13 @@ def _table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _print_parts(what: str, parts: Mapping[str, float]) -> None:
+    table = _table(what, "relative difference")
+    for name, value in parts.items():
+        table.add_row(name, f"{value:.3g}")
+    _print(table)
 
 
 def _print(shown: Table | Tree) -> None:

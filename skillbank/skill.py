@@ -11,6 +11,7 @@ B is (O, R).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from skillbank.certificate import Certificate
 
-__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "gram", "stack", "truncate"]
+__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "distance", "gram", "stack", "truncate"]
 
 Factor = tuple[Tensor, Tensor]
 """(A, B) of one module: A (R, I, *kernel), B (O, R)."""
@@ -263,6 +264,24 @@ def cosine(skills: Sequence[Skill]) -> Tensor:
     norms = products.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
     return (products * scale[:, None] * scale[None, :]).clamp(-1, 1)
+
+
+def distance(one: Skill, two: Skill) -> dict[str, float]:
+    """`||delta_two - delta_one||_F / ||delta_one||_F` per module, from the factors alone; infinite where `one` is zero and `two` is not.
+
+    Raises:
+        ValueError: modules whose layers differ in size.
+
+    """
+    found: dict[str, float] = {}
+    for name in modules_of([one, two]):
+        if name in one and name in two and all(torch.equal(mine, its) for mine, its in zip(one[name], two[name], strict=True)):
+            found[name] = 0.0
+            continue
+        first, second = core([one, two], name).cores
+        lost, whole = float((second - first).norm()), float(first.norm())
+        found[name] = lost / whole if whole else math.inf if lost else 0.0
+    return found
 
 
 def _check_shapes(module: str, pairs: Sequence[Factor]) -> None:

@@ -1,0 +1,237 @@
+"""From a configuration to a version: what `train.py` and `compose.py` do, and what `rebuild` does again.
+
+A configuration is the resolved content of conf/train.yaml or conf/compose.yaml; it is kept in the card of what was made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from skillbank.attach import attach, fold, fresh, read
+from skillbank.bank import Bank, Base, Card, Composition, Ref
+from skillbank.bank.card import tool_versions
+from skillbank.fit import Fit, fit, run_folder, validation_loss
+from skillbank.gate import Composed, MLPGate
+from skillbank.load import build, load, skills_on_base
+from skillbank.merge import merge
+from skillbank.model import ModelModule, Task
+from skillbank.skill import Skill, distance, stack
+
+__all__ = ["Made", "Rebuilt", "compose", "composition_name", "rebuild", "train"]
+
+Conf = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a configuration came to.
+
+    Args:
+        thing: for the bank.
+        name: the name that it gets there.
+        card: its card's fields.
+        model: the model that it is, evaluated or not.
+        task: what it was made on.
+        folder: of the run's files.
+
+    """
+
+    thing: Base | Skill | Composition
+    name: str
+    card: dict[str, Any]
+    model: ModelModule
+    task: Task
+    folder: Path
+
+
+def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
+    """Train a base, or a skill on a base.
+
+    Args:
+        conf: as in conf/train.yaml.
+        bank: where the base and the skills to stand on are; nothing is put into it.
+        resume: keep checkpoints under runs/ and go on from what is there.
+
+    Raises:
+        ValueError: references that do not go together.
+
+    """
+    task, base = _task(conf), None if conf["base"] is None else str(bank.resolve(conf["base"]))
+    if base is not None and (kind := bank.card(base).kind) != "base":
+        raise ValueError(f"{base!r} is a {kind}, a base is needed: give base={bank.base_of([base])}, and start=[...] to stand on skills")
+    start_base, _, foundation, start = skills_on_base(bank, conf["start"]) if conf["start"] else (base, None, [], [])
+    if start_base != base:
+        raise ValueError(f"the skills to stand on belong to base {start_base!r}, the new one is to have {base!r}: give base={start_base}")
+    torch.manual_seed(conf["seed"])
+    if base is None:
+        model = cast("ModelModule", _instantiate(conf["model"], **task.dimensions))
+        params: Sequence[nn.Parameter] = list(model.parameters())
+    else:
+        model = load(base, bank)
+        for skill in foundation:
+            fold(model.net, skill)
+        params = fresh(model.net, **conf["lora"])
+        for layer in (module for module in model.net.modules() if isinstance(module, nn.Dropout)):
+            layer.p = conf["dropout"]
+    keys = ("task", "model", "lora", "dropout", "fit", "seed", "batch_size")
+    folder = _folder("train", conf["name"], conf, keys, bank, [ref for ref in (base, *start) if ref is not None], task)
+    metrics = _fit(model, params, conf, conf["name"], task, folder if resume else None)
+    card = {"conf": conf, "data": task.data, "metrics": metrics, "parents": start, "base": base}
+    thing = Base({**conf["model"], **task.dimensions}, model.state_dict()) if base is None else stack([*foundation, read(model.net)])
+    return Made(thing, conf["name"], card, model, task, folder)
+
+
+def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
+    """Merge skills, or train a gate over them.
+
+    Args:
+        conf: as in conf/compose.yaml.
+        bank: where the skills are; nothing is put into it.
+        resume: as in `train`.
+
+    Raises:
+        ValueError: both or neither of merge and gate, or skills that do not go together.
+
+    """
+    chosen, gate = conf.get("merge"), conf.get("gate")
+    if (chosen is None) == (gate is None):
+        raise ValueError("give either a merge (merge=stack, merge=svd) or a gate (gate=mlp, gate=constant)")
+    task = _task(conf)
+    base, model, skills, refs = skills_on_base(bank, conf["skills"])
+    name = conf["name"] or composition_name(task.name, base, refs)
+    keys = ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "seed", "batch_size")
+    folder = _folder("compose", name, conf, keys, bank, [base, *refs], task)
+    torch.manual_seed(conf["seed"])
+    if chosen is not None:
+        options = {key: value for key, value in {**chosen, "weights": conf["weights"]}.items() if value is not None}
+        merged = merge(skills, **options)
+        assert merged.certificate is not None
+        attach(model.net, merged)
+        composition = Composition(base, refs, merge=options)
+        metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
+        return Made(composition, name, {"conf": conf, "data": {}, "metrics": metrics}, model, task, folder)
+    assert gate is not None
+    gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
+    network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
+    if conf["standardise"] and isinstance(network, MLPGate):
+        network.standardise(torch.cat([model.context(batch) for batch in islice(batches(0), 40)]))
+    composed = cast("ModelModule", Composed(model, network, skills, regulariser=conf["regulariser"]))
+    metrics = _fit(composed, network.parameters(), conf, name, task, folder if resume else None)
+    composition = Composition(base, refs, gate=gate, tensors=network.state_dict())
+    return Made(composition, name, {"conf": conf, "data": task.data, "metrics": metrics}, composed, task, folder)
+
+
+def composition_name(task: str, base: str, skills: Sequence[str]) -> str:
+    """`walker/run`, base `walker/stand@1`, skills walk and run -> `walker/run-from-stand-walk`."""
+    own = [ref.split("@")[0] for ref in (base, *skills)]
+    return "-".join([f"{task}-from", *(name.rpartition("/")[2] for name in own if name != task)])
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """How a version that was made again compares with the one in the bank.
+
+    Args:
+        ref: exact reference.
+        differences: what is not bit-equal: `{part: size of the difference over the size of what is stored}`; a part is a module, a tensor or a
+            metric.
+        changed: what has changed since it was made, and may be why: data sets by hash, tools by version.
+
+    """
+
+    ref: Ref
+    differences: dict[str, float]
+    changed: dict[str, str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every bit is the same."""
+        return not self.differences
+
+
+def rebuild(ref: str | Ref, bank: Bank) -> Rebuilt:
+    """Make a version again from its card and compare; nothing is put into the bank.
+
+    The same bits can be expected on the same kind of machine with the same versions of the tools and the same number of threads.
+
+    Raises:
+        UnknownRef: no such version, or one that it stands on is gone.
+        ValueError: its card has no configuration, because `train` and `compose` did not make it.
+
+    """
+    exact = bank.resolve(ref)
+    card, stored = bank.card(exact), bank.get(exact)
+    parents = [parent["ref"] for parent in card.parents]
+    conf = {**card.conf, "logger": {}, "name": exact.name}
+    if not {"task", "seed"} <= set(conf) or not {"model", "skills"} & set(conf):
+        raise ValueError(f"the card of {str(exact)!r} has no configuration to make it from: only what train.py and compose.py made can be made again")
+    if card.kind == "composition":
+        made = compose({**conf, "skills": parents}, bank, resume=False)
+    else:
+        made = train({**conf, "base": card.base and card.base["ref"], "start": parents}, bank, resume=False)
+    return Rebuilt(exact, _differences(stored, made, card), _changed(card, made))
+
+
+def _differences(stored: object, made: Made, card: Card) -> dict[str, float]:
+    if isinstance(stored, Skill):
+        assert isinstance(made.thing, Skill)
+        return {} if stored.fingerprint == made.thing.fingerprint else distance(stored, made.thing)
+    if isinstance(stored, Composition) and stored.merge is not None:
+        now = made.card["metrics"]
+        return {key: abs(now[key] - card.metrics[key]) for key in now if card.metrics.get(key) != now[key]}
+    assert isinstance(stored, Base | Composition)
+    assert isinstance(made.thing, Base | Composition)
+    return _apart(stored.tensors, made.thing.tensors)
+
+
+def _apart(stored: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str, float]:
+    found = {}
+    for name, old in stored.items():
+        new = made[name].to(old)
+        if not torch.equal(old, new):
+            found[name] = float((new.double() - old.double()).norm() / old.double().norm().clamp_min(1e-30))
+    return found
+
+
+def _changed(card: Card, made: Made) -> dict[str, str]:
+    data, tools = made.card["data"], tool_versions()
+    found = {name: f"{old[:12]} is {data.get(name, 'gone')[:12]}" for name, old in card.data.items() if data.get(name) != old}
+    return found | {tool: f"{old} is {tools.get(tool, 'gone')}" for tool, old in card.tools.items() if tools.get(tool) != old}
+
+
+def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, folder: Path | None) -> dict[str, float]:
+    """Train, and return the last row of the metrics."""
+    result: Fit = fit(
+        model,
+        task.batches(batch_size=conf["batch_size"], seed=conf["seed"]),
+        params,
+        seed=conf["seed"],
+        folder=folder,
+        validate=lambda: validation_loss(model, task.validation(batch_size=1024)),
+        **conf["fit"],
+        **conf["logger"],
+        run={"name": name, "conf": conf},
+    )
+    return {key: value for key, value in result.rows[-1].items() if key != "lr"} | {"seconds": result.seconds}
+
+
+def _folder(kind: str, name: str, conf: Conf, keys: Sequence[str], bank: Bank, made_from: Sequence[str], task: Task) -> Path:
+    return run_folder(kind, name, [{key: conf.get(key) for key in keys}, [bank.card(ref).hash for ref in made_from], task.data])
+
+
+def _task(conf: Conf) -> Task:
+    made: Task = _instantiate(conf["task"])
+    return made
+
+
+def _instantiate(conf: Conf, **more: Any) -> Any:
+    from hydra.utils import instantiate
+
+    return instantiate(dict(conf), **more, _convert_="all")
