@@ -64,7 +64,7 @@ class Skill:
                 raise ValueError(f"factor {name!r}: A must be (R, I) and B (O, R), got A {tuple(a.shape)} and B {tuple(b.shape)}")
             if not (a.is_floating_point() and b.is_floating_point()):
                 raise ValueError(f"factor {name!r} must be floating point, got A {a.dtype} and B {b.dtype}")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            if not (_finite(a) and _finite(b)):
                 raise ValueError(f"factor {name!r} holds NaN or infinite entries: the adapter is damaged or its training diverged")
         unknown = self.embeddings - set(self.factors)
         if unknown:
@@ -282,6 +282,11 @@ def distance(one: Skill, two: Skill) -> dict[str, float]:
         lost, whole = float((second - first).norm()), float(first.norm())
         found[name] = lost / whole if whole else math.inf if lost else 0.0
     return found
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite; a sum is, at the speed of memory, if they all are and it does not overflow."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
 def _check_shapes(module: str, pairs: Sequence[Factor]) -> None:

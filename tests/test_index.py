@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from skillbank.bank import Bank, Ref
+from skillbank.bank import folder as foldering
 from skillbank.bank import index as indexing
 from skillbank.bank.card import Card
 from tests.test_bank import base_of, shipped, skill_of  # noqa: F401
@@ -146,6 +147,39 @@ def test_the_cache_is_in_the_users_folder(monkeypatch):
     assert indexing.cache_folder() == Path("/somewhere/skillbank")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert indexing.cache_folder() == Path.home() / ".cache/skillbank"
+
+
+@pytest.fixture
+def large(bank, monkeypatch):
+    """Every file counts as large; the digests that are computed are noted."""
+    monkeypatch.setattr(foldering, "_LARGE", 0)
+    digest, computed = foldering.file_digest, []
+    monkeypatch.setattr(foldering, "file_digest", lambda path: computed.append(path.name) or digest(path))
+    return computed
+
+
+def test_a_large_file_is_hashed_once(bank, large, monkeypatch):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    bank.get("walker/walk@1")
+    assert sorted(large) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    bank.get("walker/walk@1")
+    assert len(large) == 3
+    bank.verify("walker/walk@1")
+    path = bank.path("walker/walk@1") / "adapter_model.safetensors"
+    data = path.read_bytes()
+    stamp = path.stat()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # the time of the last change of the inode still tells
+    with pytest.raises(ValueError, match=r"walker/walk@1: adapter_model.safetensors does not match the hash in its card"):
+        bank.get("walker/walk@1")
+    path.write_bytes(data)
+    assert bank.get("walker/walk@1").fingerprint == skill_of(1).fingerprint
+
+
+def test_a_file_that_was_just_written_is_not_believed(bank, large):
+    bank.get("walker/walk@1")
+    bank.get("walker/walk@1")
+    assert len(large) == 6
 
 
 def test_many_processes_list_and_put_at_once(bank):

@@ -8,12 +8,16 @@ from typing import Any, Protocol
 
 from skillbank.bank.aliases import Move, read_moves
 from skillbank.bank.card import CARD_FILE
-from skillbank.bank.index import Row, rows, with_content
+from skillbank.bank.index import Row, rows, unchanged, with_content
 from skillbank.bank.layout import TOMBSTONE_FILE, is_version, scan
 from skillbank.bank.refs import Ref, parse_version
 from skillbank.bank.removal import tombstone
+from skillbank.bank.sealed import file_digest
 
 __all__ = ["Folder", "Place"]
+
+_LARGE = 2**22
+"""Bytes; to hash fewer takes no longer than to look up that they were hashed."""
 
 
 class Place(Protocol):
@@ -57,6 +61,10 @@ class Place(Protocol):
 
     def folder(self, ref: Ref) -> Path:
         """Folder of a version on this machine."""
+        ...
+
+    def has_digest(self, path: Path, sha256: str) -> bool:
+        """Whether a file in such a folder has this SHA-256; a large one is not read again while its time stamps stay."""
         ...
 
 
@@ -126,6 +134,14 @@ class Folder:
     def folder(self, ref: Ref) -> Path:
         """See `Place`."""
         return self.root / ref.name / str(ref.number)
+
+    def has_digest(self, path: Path, sha256: str) -> bool:
+        """See `Place`."""
+
+        def check() -> bool:
+            return file_digest(path) == sha256
+
+        return check() if path.stat().st_size < _LARGE else unchanged(self.root, path, sha256, check)
 
     def _check(self) -> None:
         if not self.root.is_dir():

@@ -11,15 +11,18 @@ import hashlib
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import scan
 from skillbank.bank.refs import Ref
 
-__all__ = ["CACHE", "Row", "cache_folder", "row", "rows", "with_content"]
+__all__ = ["CACHE", "Row", "cache_folder", "row", "rows", "unchanged", "with_content"]
+
+T = TypeVar("T")
 
 CACHE = "SKILLBANK_CACHE"
 _FORMAT = 1
@@ -33,6 +36,7 @@ CREATE TABLE IF NOT EXISTS version (
     name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, card BLOB, problem TEXT, stamp TEXT, PRIMARY KEY (name, number)
 );
 CREATE INDEX IF NOT EXISTS version_hash ON version (hash);
+CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -84,8 +88,46 @@ def with_content(root: Path, prefix: str, name: str = "") -> list[Row]:
     return _ask(root, name, "WHERE hash >= ? AND hash < ? AND ? IN ('', name) ORDER BY name, number", prefix, f"{prefix}g", name)
 
 
+def unchanged(root: Path, path: Path, sha256: str, check: Callable[[], bool]) -> bool:
+    """Whether a large file has this SHA-256: asked of `check` once, and again only when the file's time stamps, size or place have changed.
+
+    Args:
+        root: folder of the bank.
+        path: the file.
+        sha256: what it is to have.
+        check: reads all of it.
+
+    """
+    key, stamp, settled = str(path.relative_to(root)), *_file_stamp(path, sha256)
+
+    def known(file: sqlite3.Connection) -> list[tuple[str]]:
+        return file.execute("SELECT stamp FROM checked WHERE path = ? AND stamp = ?", (key, stamp)).fetchall()
+
+    def remember(file: sqlite3.Connection) -> list[tuple[str]]:
+        return file.execute("INSERT OR REPLACE INTO checked VALUES (?, ?)", (key, stamp)).fetchall()
+
+    if settled and _with_file(root, known):
+        return True
+    if not check():
+        return False
+    if settled:
+        _with_file(root, remember)
+    return True
+
+
 def _ask(root: Path, name: str, condition: str, *values: str) -> list[Row]:
-    """Bring the index up to date, for one name or all, and read from it; in memory where no file can be had."""
+    """Bring the index up to date, for one name or all, and read from it."""
+
+    def read(file: sqlite3.Connection) -> list[Row]:
+        _refresh(file, root, name)
+        found = file.execute(f"SELECT name, number, kind, base, hash, card, problem FROM version {condition}", values)
+        return [Row(Ref(name, number), *rest) for name, number, *rest in found]
+
+    return _with_file(root, read)
+
+
+def _with_file(root: Path, use: Callable[[sqlite3.Connection], list[T]]) -> list[T]:
+    """Open the index, or make it, and use it; in memory where no file can be had."""
     path = cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.sqlite"
     for place in (str(path), str(path), ":memory:"):
         try:
@@ -94,9 +136,7 @@ def _ask(root: Path, name: str, condition: str, *values: str) -> list[Row]:
                 _prune(path.parent)
             with closing(sqlite3.connect(place, timeout=60, isolation_level=None)) as file:
                 _prepare(file)
-                _refresh(file, root, name)
-                found = file.execute(f"SELECT name, number, kind, base, hash, card, problem FROM version {condition}", values)
-                return [Row(Ref(name, number), *rest) for name, number, *rest in found]
+                return use(file)
         except (OSError, sqlite3.OperationalError):  # no place to write, or not in time
             if place == ":memory:":
                 raise
@@ -181,6 +221,13 @@ class _Stamp(NamedTuple):
 def _stamp(folder: Path) -> _Stamp:
     found = os.stat(folder)
     return _Stamp(found.st_ino, found.st_mtime_ns)
+
+
+def _file_stamp(path: Path, sha256: str) -> tuple[str, bool]:
+    """What a file looks like from outside, and whether it would look different after another change."""
+    found = os.stat(path)
+    stamp = f"{sha256}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+    return stamp, time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) >= _SETTLED
 
 
 def _read(path: Path) -> bytes | None:

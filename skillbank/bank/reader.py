@@ -218,7 +218,7 @@ class BankReader:
 
         ref = self.resolve(ref)
         card, folder = self._card(ref), self.place.folder(ref)
-        problems = [*check_files(folder, ref, card), *check_links(self, ref, card, missing=card.kind == "composition")]
+        problems = [*check_files(folder, ref, card, self.place.has_digest), *check_links(self, ref, card, missing=card.kind == "composition")]
         if problems:
             raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
         return read_payload(card.kind, folder)

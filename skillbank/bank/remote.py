@@ -15,11 +15,12 @@ from typing import Any
 
 from skillbank.bank.aliases import ALIASES_FILE, Move, parse_moves
 from skillbank.bank.card import CARD_FILE, Card
+from skillbank.bank.folder import Folder
 from skillbank.bank.index import Row, cache_folder, row
 from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
 from skillbank.bank.refs import Ref, parse_version
-from skillbank.bank.sealed import file_digest, locked, unseal, write_new
+from skillbank.bank.sealed import locked, unseal, write_new
 
 __all__ = ["Remote", "download"]
 
@@ -46,7 +47,7 @@ class Remote:
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url!r} cannot be opened: {error}") from None
         self.root = self.root.rstrip("/")
-        self.cache = cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32]
+        self.cache = Folder(cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32])
 
     def __str__(self) -> str:
         """URL."""
@@ -110,23 +111,26 @@ class Remote:
 
     def folder(self, ref: Ref) -> Path:
         """See `Place`; what is not in the cache, or is damaged there, is copied."""
-        target = self.cache / ref.name / str(ref.number)
+        target = self.cache.folder(ref)
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target.with_name(f".{target.name}.lock")):
             if not self._holds(target, self.card(ref)):
-                with temporary(self.cache) as folder:
+                with temporary(self.cache.root) as folder:
                     download(self, ref, folder)
                     shutil.rmtree(target, ignore_errors=True)
-                    arrive(self.cache, folder, ref)
+                    arrive(self.cache.root, folder, ref)
         return target
 
-    @staticmethod
-    def _holds(folder: Path, card: bytes) -> bool:
+    def has_digest(self, path: Path, sha256: str) -> bool:
+        """See `Place`."""
+        return self.cache.has_digest(path, sha256)
+
+    def _holds(self, folder: Path, card: bytes) -> bool:
         """Whether a folder is the version with this card, every byte of it."""
         try:
             files = Card.from_bytes(card).files
             same = (folder / CARD_FILE).read_bytes() == card
-            return same and all(file_digest(folder / name) == entry["sha256"] for name, entry in files.items())
+            return same and all(self.has_digest(folder / name, entry["sha256"]) for name, entry in files.items())
         except FileNotFoundError:
             return False
 
