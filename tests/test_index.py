@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from skillbank.bank import Bank, Ref
 from skillbank.bank import folder as foldering
@@ -122,6 +124,20 @@ def test_an_index_that_cannot_be_read_is_made_anew(bank, cache, damage):
         if damage != "gone":
             path.write_bytes({"noise": data[:100] + os.urandom(len(data) - 100), "cut": data[: len(data) // 2], "no database": b"text" * 500}[damage])
     assert listed(bank) == before
+    assert listed(bank) == before
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(min_value=0, max_value=10**9), bit=st.integers(min_value=0, max_value=7))
+def test_no_flipped_bit_of_the_index_makes_a_listing_lie(bank, cache, place, bit):
+    before = plain(bank)
+    listed(bank)
+    (path,) = cache.glob("*.sqlite")
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    assert listed(bank) == before
+    bank.alias("walker/walk", "x", 1)
     assert listed(bank) == before
 
 

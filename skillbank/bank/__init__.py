@@ -1,8 +1,8 @@
 """Versions on disk: put, get, list, resolve, verify. Importing it imports no torch."""
 
 from skillbank.bank.card import BaseLink, Card, Parent
+from skillbank.bank.index import Entry
 from skillbank.bank.query import Where
-from skillbank.bank.reader import Entry
 from skillbank.bank.records import Base, Composition, base_fingerprint
 from skillbank.bank.refs import Ref, UnknownRef
 from skillbank.bank.store import Bank

@@ -133,6 +133,7 @@ def _write(folder: Path, moves: Sequence[Move]) -> None:
     temporary = folder / f"{ALIASES_TEMPORARY}{uuid.uuid4().hex}"
     try:
         write_new(temporary, to_bytes(moves))
+        fsync(temporary)
         temporary.replace(folder / ALIASES_FILE)
     finally:
         temporary.unlink(missing_ok=True)

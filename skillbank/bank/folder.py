@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from skillbank.bank.aliases import Move, read_moves
 from skillbank.bank.card import CARD_FILE
-from skillbank.bank.index import Row, rows, unchanged, with_content
+from skillbank.bank.index import Entry, entries, unchanged, with_content
 from skillbank.bank.layout import TOMBSTONE_FILE, is_version, scan
 from skillbank.bank.refs import Ref, parse_version
 from skillbank.bank.removal import tombstone
@@ -35,11 +35,11 @@ class Place(Protocol):
         """Whether an exact reference is a version."""
         ...
 
-    def rows(self) -> list[Row]:
+    def entries(self) -> list[Entry]:
         """Every version, by name and number; a FileNotFoundError where there is no bank."""
         ...
 
-    def with_content(self, prefix: str, name: str = "") -> list[Row]:
+    def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """Versions, of a name or of all, whose content hash begins so."""
         ...
 
@@ -104,12 +104,12 @@ class Folder:
         """See `Place`."""
         return is_version(self.folder(ref))
 
-    def rows(self) -> list[Row]:
+    def entries(self) -> list[Entry]:
         """See `Place`."""
         self._check()
-        return rows(self.root)
+        return entries(self.root)
 
-    def with_content(self, prefix: str, name: str = "") -> list[Row]:
+    def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""
         return with_content(self.root, prefix, name)
 

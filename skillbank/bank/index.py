@@ -11,16 +11,18 @@ import hashlib
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import scan
 from skillbank.bank.refs import Ref
 
-__all__ = ["CACHE", "Row", "cache_folder", "row", "rows", "unchanged", "with_content"]
+__all__ = ["CACHE", "Entry", "cache_folder", "entries", "unchanged", "with_content"]
 
 T = TypeVar("T")
 
@@ -33,43 +35,57 @@ _UNUSED = 30 * 86400
 _TABLES = """
 CREATE TABLE IF NOT EXISTS folder (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS version (
-    name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, card BLOB, problem TEXT, stamp TEXT, PRIMARY KEY (name, number)
+    name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, card BLOB, problem TEXT, stamp TEXT, sum INTEGER, PRIMARY KEY (name, number)
 );
 CREATE INDEX IF NOT EXISTS version_hash ON version (hash);
 CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
-class Row(NamedTuple):
-    """A version as a listing needs it.
-
-    Args:
-        ref: exact reference.
-        kind: `base`, `skill` or `composition`.
-        base: reference of its base in the same bank, or nothing.
-        hash: content hash.
-        card: bytes of the card.
-        problem: why the card cannot be read; the fields before are empty then.
-
-    """
-
-    ref: Ref
+class _Fields(NamedTuple):
+    name: str
+    number: int
     kind: str
     base: str
     hash: str
-    card: bytes
+    data: bytes
     problem: str
 
 
-def row(ref: Ref, card: bytes | None) -> Row:
-    """Row of a version by its card's bytes, None where it has none."""
-    try:
-        if card is None:
-            raise ValueError("is missing")
-        read = Card.from_bytes(card)
-    except ValueError as error:
-        return Row(ref, "", "", "", b"", f"{ref}: {CARD_FILE} {error}")
-    return Row(ref, read.kind, (read.base and read.base["ref"]) or "", read.hash, card, "")
+class Entry(_Fields):
+    """A version in a listing.
+
+    Args:
+        name: its name.
+        number: its version number.
+        kind: `base`, `skill` or `composition`.
+        base: reference of its base in the same bank, or nothing.
+        hash: content hash.
+        data: bytes of the card.
+        problem: why the card cannot be read, or nothing; the fields before are empty then.
+
+    """
+
+    @classmethod
+    def read(cls, ref: Ref, data: bytes | None) -> Entry:
+        """Entry of a version by its card's bytes, None where it has none."""
+        try:
+            if data is None:
+                raise ValueError("is missing")
+            card = Card.from_bytes(data)
+        except ValueError as error:
+            return cls(ref.name, ref.number, "", "", "", b"", f"{ref}: {CARD_FILE} {error}")
+        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, data, "")
+
+    @cached_property
+    def ref(self) -> Ref:
+        """Exact reference."""
+        return Ref(self.name, self.number)
+
+    @cached_property
+    def card(self) -> Card:
+        """What the bytes say."""
+        return Card.from_bytes(self.data)
 
 
 def cache_folder() -> Path:
@@ -78,12 +94,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or default).expanduser()
 
 
-def rows(root: Path) -> list[Row]:
+def entries(root: Path) -> list[Entry]:
     """Every version of the bank in a folder, by name and number."""
     return _ask(root, "", "ORDER BY name, number")
 
 
-def with_content(root: Path, prefix: str, name: str = "") -> list[Row]:
+def with_content(root: Path, prefix: str, name: str = "") -> list[Entry]:
     """Versions whose content hash begins so; where a name is given, of this name alone."""
     return _ask(root, name, "WHERE hash >= ? AND hash < ? AND ? IN ('', name) ORDER BY name, number", prefix, f"{prefix}g", name)
 
@@ -115,13 +131,13 @@ def unchanged(root: Path, path: Path, sha256: str, check: Callable[[], bool]) ->
     return True
 
 
-def _ask(root: Path, name: str, condition: str, *values: str) -> list[Row]:
+def _ask(root: Path, name: str, condition: str, *values: str) -> list[Entry]:
     """Bring the index up to date, for one name or all, and read from it."""
 
-    def read(file: sqlite3.Connection) -> list[Row]:
+    def read(file: sqlite3.Connection) -> list[Entry]:
         _refresh(file, root, name)
-        found = file.execute(f"SELECT name, number, kind, base, hash, card, problem FROM version {condition}", values)
-        return [Row(Ref(name, number), *rest) for name, number, *rest in found]
+        found = file.execute(f"SELECT name, number, kind, base, hash, card, problem, sum FROM version {condition}", values)
+        return list(map(_entry, found))
 
     return _with_file(root, read)
 
@@ -146,29 +162,37 @@ def _with_file(root: Path, use: Callable[[sqlite3.Connection], list[T]]) -> list
 
 
 def _prepare(file: sqlite3.Connection) -> None:
+    file.execute("PRAGMA synchronous = OFF")  # a cache that the power's failure damages is made anew
     version = file.execute("PRAGMA user_version").fetchone()[0]
     if version == _FORMAT:
         return
     if version:
         raise sqlite3.DatabaseError(f"format {version}")
-    file.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_TABLES} PRAGMA user_version = {_FORMAT};")
+    file.executescript(f"PRAGMA journal_mode = WAL; {_TABLES} PRAGMA user_version = {_FORMAT};")
 
 
 def _refresh(file: sqlite3.Connection, root: Path, name: str) -> None:
     where, names = ("WHERE path = ?", [name]) if name else ("", [])
     known: dict[str, str] = dict(file.execute(f"SELECT path, stamp FROM folder {where}", names))
     waiting = [name] if name else list({"": "", **known})
+    again: set[str] = set()
+    recent = time.time_ns() - _SETTLED
     changes: list[_Change] = []
     while waiting:
         path = waiting.pop()
         try:
-            stamp = _stamp(root / path)
-            if time.time_ns() - stamp.modified < _SETTLED or str(stamp) != known.get(path):
+            found = os.stat(f"{root}/{path}")
+            stamp = _stamp(found)
+            if found.st_mtime_ns > recent or stamp != known.get(path) or path in again:
                 deeper, made = _rescan(file, root, path, stamp)
                 waiting += [each for each in deeper if each not in known and not name]
                 changes += made
         except (FileNotFoundError, NotADirectoryError):
             changes += [("DELETE FROM folder WHERE path = ?", (path,)), ("DELETE FROM version WHERE name = ?", (path,))]
+            above = path.rpartition("/")[0]
+            if path and not name and above not in again:  # never there, if the index is damaged: look at what is
+                again.add(above)
+                waiting.append(above)
     if changes:
         file.execute("BEGIN IMMEDIATE")
         for statement, values in changes:
@@ -176,7 +200,7 @@ def _refresh(file: sqlite3.Connection, root: Path, name: str) -> None:
         file.execute("COMMIT")
 
 
-def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: _Stamp) -> tuple[list[str], list[_Change]]:
+def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: str) -> tuple[list[str], list[_Change]]:
     """Folders below this one, and what has to change in the tables for it."""
     versions, deeper, arriving = scan(root / name)
     known = dict(file.execute("SELECT number, CASE problem WHEN '' THEN stamp END FROM version WHERE name = ?", (name,)))
@@ -184,13 +208,24 @@ def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: _Stamp) -> t
     trusted = not arriving
     for number in versions:
         folder = root / name / str(number)
-        now = str(_stamp(folder))
+        now = _stamp(os.stat(folder))
         if known.get(number) != now:
-            _, *found = made = row(Ref(name, number), _read(folder / CARD_FILE))
-            changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, number, *found, now)))
+            made = Entry.read(Ref(name, number), _read(folder / CARD_FILE))
+            changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*made, now, _sum(*made))))
             trusted &= not made.problem
-    changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, str(stamp) if trusted else "")))
+    changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, stamp if trusted else "")))
     return [f"{name}/{each}" if name else each for each in deeper], changes
+
+
+def _sum(name: str, number: int, kind: str, base: str, content: str, data: bytes, problem: str) -> int:
+    """Check sum of a row."""
+    return zlib.crc32(data, zlib.crc32((name + kind + base + content + problem).encode(), number))
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    if _sum(*row[:7]) != row[7]:
+        raise sqlite3.DatabaseError("a row is damaged")
+    return Entry._make(row[:7])
 
 
 def _prune(folder: Path) -> None:
@@ -208,19 +243,9 @@ def _remove(path: Path) -> None:
 _Change = tuple[str, tuple[object, ...]]
 
 
-class _Stamp(NamedTuple):
+def _stamp(folder: os.stat_result) -> str:
     """What a folder looks like from outside."""
-
-    inode: int
-    modified: int
-
-    def __str__(self) -> str:
-        return f"{self.inode}:{self.modified}"
-
-
-def _stamp(folder: Path) -> _Stamp:
-    found = os.stat(folder)
-    return _Stamp(found.st_ino, found.st_mtime_ns)
+    return f"{folder.st_ino}:{folder.st_mtime_ns}"
 
 
 def _file_stamp(path: Path, sha256: str) -> tuple[str, bool]:

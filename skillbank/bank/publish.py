@@ -62,10 +62,9 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     number = 0
     while True:
         taken = _taken(parent)  # before the search for equals: what comes in between makes the rename fail
-        for row in bank.place.with_content(card.hash, name):
-            other = bank.card(row.ref)
-            if (other.kind, other.hash, other.base) == (card.kind, card.hash, card.base):
-                return row.ref
+        for other in bank.place.with_content(card.hash, name):
+            if (other.kind, other.card.base) == (card.kind, card.base):
+                return other.ref
         number = max(number, *taken, 0) + 1
         try:
             folder.rename(parent / str(number))
@@ -103,6 +102,7 @@ def same_version(ref: Ref, ours: bytes, theirs: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
+    """Bring a folder down to the disk: all files were written before, so that the first flush commits what the others would."""
     for path in folder.iterdir():
         fsync(path)
     fsync(folder)

@@ -11,40 +11,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from skillbank.bank.aliases import ALIASES_FILE, Move, table
 from skillbank.bank.card import CARD_FILE, KINDS, Card
 from skillbank.bank.folder import Folder, Place
+from skillbank.bank.index import Entry
 from skillbank.bank.links import common_base, lineage
 from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, read_payload
 from skillbank.bank.refs import Ref, UnknownRef, check_name
 from skillbank.words import did_you_mean
 
-__all__ = ["BankReader", "Entry"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a listing.
-
-    Args:
-        ref: exact reference.
-        data: bytes of the card.
-
-    """
-
-    ref: Ref
-    data: bytes = field(repr=False)
-
-    @cached_property
-    def card(self) -> Card:
-        """What they say."""
-        return Card.from_bytes(self.data)
+__all__ = ["BankReader"]
 
 
 class BankReader:
@@ -180,23 +160,23 @@ class BankReader:
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind={kind!r}: a bank holds {', '.join(KINDS)}")
         conditions = [each if isinstance(each, Where) else Where.parse(each) for each in where]
-        rows = self.place.rows()
+        found = self.place.entries()
         if pattern is not None:
             matches = re.compile(fnmatch.translate(pattern)).match
-            rows = [row for row in rows if matches(row.ref.name)]
-        for row in rows:
-            if row.problem:
-                raise ValueError(row.problem)
+            found = [entry for entry in found if matches(entry.name)]
+        for entry in found:
+            if entry.problem:
+                raise ValueError(entry.problem)
         if kind is not None:
-            rows = [row for row in rows if row.kind == kind]
+            found = [entry for entry in found if entry.kind == kind]
         if base is not None:
             exact = str(self.resolve(base))
-            rows = [row for row in rows if row.base == exact]
+            found = [entry for entry in found if entry.base == exact]
         if text:
-            rows = [row for row in rows if text.lower() in row.card.decode().lower()]
+            found = [entry for entry in found if text.lower() in entry.data.decode().lower()]
         if conditions:
-            rows = [row for row in rows for values in [json.loads(row.card)] if all(condition(values) for condition in conditions)]
-        return [Entry(row.ref, row.card) for row in rows]
+            found = [entry for entry in found for card in [json.loads(entry.data)] if all(condition(card) for condition in conditions)]
+        return found
 
     def base_of(self, refs: Iterable[str | Ref]) -> Ref:
         """Exact reference of the base that all of `refs` share; a ValueError names the bases where they differ."""
@@ -235,7 +215,7 @@ class BankReader:
         found = self.place.with_content(prefix, ref.name)
         if not found:
             raise UnknownRef(f"no content {str(ref)!r} in {self}: `skillbank list` and `skillbank show` say what there is")
-        if len({row.hash for row in found}) > 1:
-            listed = ", ".join(f"{row.ref} ({row.hash[:16]})" for row in found[:5])
+        if len({entry.hash for entry in found}) > 1:
+            listed = ", ".join(f"{entry.ref} ({entry.hash[:16]})" for entry in found[:5])
             raise ValueError(f"{str(ref)!r} is ambiguous, it fits {listed}: give more digits")
         return found[0].ref

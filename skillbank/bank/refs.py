@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["Ref", "UnknownRef", "check_alias", "check_name"]
 
 _SEGMENT = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_DIGITS = 9
+_VERSION = re.compile(rf"[1-9][0-9]{{0,{_DIGITS - 1}}}")
 _CONTENT = re.compile(r"sha256:[0-9a-f]{4,64}")
 _LONGEST_NAME = 200
 _RESERVED = frozenset({"aliases.json"})
@@ -38,6 +40,7 @@ def _is_word(text: str) -> bool:
     return _SEGMENT.fullmatch(text) is not None and not text.isdigit() and text not in _RESERVED
 
 
+@lru_cache(maxsize=100_000)
 def check_name(name: str) -> str:
     """Return `name`, or raise a ValueError that says what a name may look like."""
     if len(name) > _LONGEST_NAME:
@@ -81,7 +84,7 @@ class Ref:
     def __post_init__(self) -> None:
         if self.name or self.content is None:
             check_name(self.name)
-        if isinstance(self.version, int) and parse_version(str(self.version)) is None:
+        if isinstance(self.version, int) and not 1 <= self.version < 10**_DIGITS:
             raise ValueError(f"version {self.version} of {self.name!r} is out of range: versions are numbered from 1")
         if isinstance(self.version, str) and self.content is None:
             if self.version.startswith("sha256:"):

@@ -16,7 +16,7 @@ from typing import Any
 from skillbank.bank.aliases import ALIASES_FILE, Move, parse_moves
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.folder import Folder
-from skillbank.bank.index import Row, cache_folder, row
+from skillbank.bank.index import Entry, cache_folder
 from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
 from skillbank.bank.refs import Ref, parse_version
@@ -76,16 +76,16 @@ class Remote:
         """See `Place`."""
         return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
 
-    def rows(self) -> list[Row]:
+    def entries(self) -> list[Entry]:
         """See `Place`."""
         refs = [Ref(name, number) for name, numbers in self.names() for number in numbers]
         paths = {ref: self.path(ref.name, str(ref.number), CARD_FILE) for ref in refs}
         cards = self.files.cat(list(paths.values()), on_error="return") if refs else {}
-        return [row(ref, card if isinstance(card := cards.get(path), bytes) else None) for ref, path in paths.items()]
+        return [Entry.read(ref, card if isinstance(card := cards.get(path), bytes) else None) for ref, path in paths.items()]
 
-    def with_content(self, prefix: str, name: str = "") -> list[Row]:
+    def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""
-        return [each for each in self.rows() if each.hash.startswith(prefix) and name in ("", each.ref.name)]
+        return [each for each in self.entries() if each.hash.startswith(prefix) and name in ("", each.ref.name)]
 
     def card(self, ref: Ref) -> bytes:
         """See `Place`."""

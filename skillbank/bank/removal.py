@@ -50,6 +50,7 @@ def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
     body = {"format": _FORMAT, "kind": card.kind, "hash": card.hash, "reason": reason, "when": when}
     with temporary(folder.parent) as beside:  # in the folder of the name, whose time stamp tells the index
         write_new(beside / TOMBSTONE_FILE, seal(body))
+        fsync(beside / TOMBSTONE_FILE)
         (beside / TOMBSTONE_FILE).rename(folder / TOMBSTONE_FILE)
     fsync(folder)
     _clear(folder)

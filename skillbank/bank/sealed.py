@@ -82,11 +82,9 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file that must not exist yet, down to the disk."""
+    """Write a file that must not exist yet; `fsync` brings it down to the disk."""
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def fsync(path: Path) -> None:
