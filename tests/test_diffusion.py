@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skillbank import check_model, fresh
-from skillbank.models.diffusion import Denoiser, DiffusionPolicy, betas
+from skillbank.models.diffusion import Denoiser, DiffusionPolicy, Mish, betas
 from tests.tiny import close, tiny_batch, tiny_policy
 
 
@@ -131,6 +131,18 @@ def test_temperature_zero_is_deterministic():
     first = policy.predict(tiny_batch())
     assert torch.equal(first, policy.predict(tiny_batch()))
     assert not torch.equal(tiny_policy().predict(tiny_batch()), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_mish_is_torchs(dtype):
+    tolerance = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-2}[dtype]
+    mine, theirs = (torch.linspace(-60, 60, 4001, dtype=dtype, requires_grad=True) for _ in range(2))
+    out, expected = Mish()(mine), torch.nn.functional.mish(theirs)
+    for each in (out, expected):
+        each.sum().backward()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
 def test_one_activation_everywhere():

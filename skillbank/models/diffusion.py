@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,34 @@ class FourierFeatures(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class _MishFunction(torch.autograd.Function):
+    """x tanh(softplus(x)) with one exponential forward and one backward; torch's own takes twice as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        e = x.clamp(max=20.0).exp_()
+        n = e.add(2).mul_(e)
+        tanh = n.div_(n.add(2))  # tanh(log(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2)
+        ctx.save_for_backward(x, tanh)
+        return x * tanh
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, tanh = ctx.saved_tensors
+        slope = (1 - tanh * tanh).mul_(x.sigmoid()).mul_(x).add_(tanh)
+        return slope.mul_(gradients[0])
+
+
+class Mish(nn.Module):
+    """x tanh(softplus(x)), elementwise (arXiv 1908.08681); at least in single precision, whatever x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        if x.is_cuda:
+            return nn.functional.mish(x)
+        return _MishFunction.apply(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
 class ResidualBlock(nn.Module):
     """x + Linear(act(Linear(LayerNorm(Dropout(x))))), four times wider inside (arXiv 2304.10573, LN-ResNet)."""
 
@@ -102,7 +130,7 @@ class Denoiser(nn.Module):
         activation: str = "Mish",
     ) -> None:
         super().__init__()
-        act = getattr(nn, activation)
+        act = Mish if activation == "Mish" else getattr(nn, activation)
         first, last = time_hidden
         self.time = nn.Sequential(FourierFeatures(time_dim), _xavier(nn.Linear(time_dim, first)), act(), _xavier(nn.Linear(first, last)))
         self.enter = _xavier(nn.Linear(action_dim + observation_dim + last, width))
