@@ -35,8 +35,8 @@ class Place(Protocol):
         """Whether an exact reference is a version."""
         ...
 
-    def entries(self) -> list[Entry]:
-        """Every version, by name and number; a FileNotFoundError where there is no bank."""
+    def entries(self, *, cards: bool = False) -> list[Entry]:
+        """Every version, by name and number, with the bytes of the cards or without; a FileNotFoundError where there is no bank."""
         ...
 
     def with_content(self, prefix: str, name: str = "") -> list[Entry]:
@@ -104,10 +104,10 @@ class Folder:
         """See `Place`."""
         return is_version(self.folder(ref))
 
-    def entries(self) -> list[Entry]:
+    def entries(self, *, cards: bool = False) -> list[Entry]:
         """See `Place`."""
         self._check()
-        return entries(self.root)
+        return entries(self.root, cards=cards)
 
     def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""

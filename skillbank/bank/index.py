@@ -27,7 +27,7 @@ __all__ = ["CACHE", "Entry", "cache_folder", "entries", "unchanged", "with_conte
 T = TypeVar("T")
 
 CACHE = "SKILLBANK_CACHE"
-_FORMAT = 1
+_FORMAT = 2
 _SETTLED = 2 * 10**9
 """Nanoseconds after which a time stamp is believed: within them a folder can change once more and keep it."""
 _UNUSED = 30 * 86400
@@ -35,8 +35,9 @@ _UNUSED = 30 * 86400
 _TABLES = """
 CREATE TABLE IF NOT EXISTS folder (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS version (
-    name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, card BLOB, problem TEXT, stamp TEXT, sum INTEGER, PRIMARY KEY (name, number)
+    name TEXT, number INTEGER, kind TEXT, base TEXT, hash TEXT, problem TEXT, sum INTEGER, stamp TEXT, PRIMARY KEY (name, number)
 );
+CREATE TABLE IF NOT EXISTS card (name TEXT, number INTEGER, data BLOB, sum INTEGER, PRIMARY KEY (name, number));
 CREATE INDEX IF NOT EXISTS version_hash ON version (hash);
 CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 """
@@ -48,8 +49,9 @@ class _Fields(NamedTuple):
     kind: str
     base: str
     hash: str
-    data: bytes
     problem: str
+    read: Callable[[Ref], bytes]
+    known: bytes | None
 
 
 class Entry(_Fields):
@@ -61,26 +63,32 @@ class Entry(_Fields):
         kind: `base`, `skill` or `composition`.
         base: reference of its base in the same bank, or nothing.
         hash: content hash.
-        data: bytes of the card.
         problem: why the card cannot be read, or nothing; the fields before are empty then.
+        read: reads the card of a version, where the listing did not.
+        known: bytes of the card, where the listing read it.
 
     """
 
     @classmethod
-    def read(cls, ref: Ref, data: bytes | None) -> Entry:
+    def of(cls, ref: Ref, data: bytes | None, read: Callable[[Ref], bytes]) -> Entry:
         """Entry of a version by its card's bytes, None where it has none."""
         try:
             if data is None:
                 raise ValueError("is missing")
             card = Card.from_bytes(data)
         except ValueError as error:
-            return cls(ref.name, ref.number, "", "", "", b"", f"{ref}: {CARD_FILE} {error}")
-        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, data, "")
+            return cls(ref.name, ref.number, "", "", "", f"{ref}: {CARD_FILE} {error}", read, None)
+        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, "", read, data)
 
     @cached_property
     def ref(self) -> Ref:
         """Exact reference."""
         return Ref(self.name, self.number)
+
+    @cached_property
+    def data(self) -> bytes:
+        """Bytes of the card."""
+        return self.read(self.ref) if self.known is None else self.known
 
     @cached_property
     def card(self) -> Card:
@@ -94,9 +102,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or default).expanduser()
 
 
-def entries(root: Path) -> list[Entry]:
-    """Every version of the bank in a folder, by name and number."""
-    return _ask(root, "", "ORDER BY name, number")
+def entries(root: Path, *, cards: bool = False) -> list[Entry]:
+    """Every version of the bank in a folder, by name and number, with the bytes of the cards or without."""
+    return _ask(root, "", "ORDER BY name, number", cards=cards)
 
 
 def with_content(root: Path, prefix: str, name: str = "") -> list[Entry]:
@@ -131,13 +139,22 @@ def unchanged(root: Path, path: Path, sha256: str, check: Callable[[], bool]) ->
     return True
 
 
-def _ask(root: Path, name: str, condition: str, *values: str) -> list[Entry]:
+def _ask(root: Path, name: str, condition: str, *values: str, cards: bool = False) -> list[Entry]:
     """Bring the index up to date, for one name or all, and read from it."""
+    what = "version JOIN card USING (name, number)" if cards else "version"
+    columns = "name, number, kind, base, hash, problem, version.sum" + ", data, card.sum" * cards
+
+    def of(row: tuple[Any, ...]) -> Entry:
+        if _sum(*row[:6]) != row[6] or (cards and zlib.crc32(row[7]) != row[8]):
+            raise sqlite3.DatabaseError("a row is damaged")
+        return Entry._make((*row[:6], card, row[7] if cards and not row[5] else None))
+
+    def card(ref: Ref) -> bytes:
+        return (root / ref.name / str(ref.number) / CARD_FILE).read_bytes()
 
     def read(file: sqlite3.Connection) -> list[Entry]:
         _refresh(file, root, name)
-        found = file.execute(f"SELECT name, number, kind, base, hash, card, problem, sum FROM version {condition}", values)
-        return list(map(_entry, found))
+        return [of(row) for row in file.execute(f"SELECT {columns} FROM {what} {condition}", values)]
 
     return _with_file(root, read)
 
@@ -188,7 +205,8 @@ def _refresh(file: sqlite3.Connection, root: Path, name: str) -> None:
                 waiting += [each for each in deeper if each not in known and not name]
                 changes += made
         except (FileNotFoundError, NotADirectoryError):
-            changes += [("DELETE FROM folder WHERE path = ?", (path,)), ("DELETE FROM version WHERE name = ?", (path,))]
+            tables = {"folder": "path", "version": "name", "card": "name"}
+            changes += [(f"DELETE FROM {table} WHERE {key} = ?", (path,)) for table, key in tables.items()]
             above = path.rpartition("/")[0]
             if path and not name and above not in again:  # never there, if the index is damaged: look at what is
                 again.add(above)
@@ -204,28 +222,25 @@ def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: str) -> tupl
     """Folders below this one, and what has to change in the tables for it."""
     versions, deeper, arriving = scan(root / name)
     known = dict(file.execute("SELECT number, CASE problem WHEN '' THEN stamp END FROM version WHERE name = ?", (name,)))
-    changes: list[_Change] = [("DELETE FROM version WHERE name = ? AND number = ?", (name, number)) for number in set(known) - set(versions)]
+    gone = [(name, number) for number in set(known) - set(versions)]
+    changes: list[_Change] = [(f"DELETE FROM {table} WHERE name = ? AND number = ?", each) for each in gone for table in ("version", "card")]
     trusted = not arriving
     for number in versions:
         folder = root / name / str(number)
         now = _stamp(os.stat(folder))
         if known.get(number) != now:
-            made = Entry.read(Ref(name, number), _read(folder / CARD_FILE))
-            changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*made, now, _sum(*made))))
+            data = _read(folder / CARD_FILE)
+            made = Entry.of(Ref(name, number), data, lambda _: b"")
+            changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*made[:6], _sum(*made[:6]), now)))
+            changes.append(("INSERT OR REPLACE INTO card VALUES (?, ?, ?, ?)", (name, number, data or b"", zlib.crc32(data or b""))))
             trusted &= not made.problem
     changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, stamp if trusted else "")))
     return [f"{name}/{each}" if name else each for each in deeper], changes
 
 
-def _sum(name: str, number: int, kind: str, base: str, content: str, data: bytes, problem: str) -> int:
+def _sum(name: str, number: int, kind: str, base: str, content: str, problem: str) -> int:
     """Check sum of a row."""
-    return zlib.crc32(data, zlib.crc32((name + kind + base + content + problem).encode(), number))
-
-
-def _entry(row: tuple[Any, ...]) -> Entry:
-    if _sum(*row[:7]) != row[7]:
-        raise sqlite3.DatabaseError("a row is damaged")
-    return Entry._make(row[:7])
+    return zlib.crc32(f"{name} {kind} {base} {content} {problem}".encode(), number)
 
 
 def _prune(folder: Path) -> None:

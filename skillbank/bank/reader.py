@@ -160,7 +160,7 @@ class BankReader:
         if kind is not None and kind not in KINDS:
             raise ValueError(f"kind={kind!r}: a bank holds {', '.join(KINDS)}")
         conditions = [each if isinstance(each, Where) else Where.parse(each) for each in where]
-        found = self.place.entries()
+        found = self.place.entries(cards=bool(text or conditions))
         if pattern is not None:
             matches = re.compile(fnmatch.translate(pattern)).match
             found = [entry for entry in found if matches(entry.name)]
@@ -175,7 +175,7 @@ class BankReader:
         if text:
             found = [entry for entry in found if text.lower() in entry.data.decode().lower()]
         if conditions:
-            found = [entry for entry in found for card in [json.loads(entry.data)] if all(condition(card) for condition in conditions)]
+            found = [entry for entry in found for card in [json.loads(entry.data.decode())] if all(condition(card) for condition in conditions)]
         return found
 
     def base_of(self, refs: Iterable[str | Ref]) -> Ref:

@@ -76,12 +76,12 @@ class Remote:
         """See `Place`."""
         return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
 
-    def entries(self) -> list[Entry]:
-        """See `Place`."""
+    def entries(self, *, cards: bool = False) -> list[Entry]:
+        """See `Place`; the cards are always read."""
         refs = [Ref(name, number) for name, numbers in self.names() for number in numbers]
         paths = {ref: self.path(ref.name, str(ref.number), CARD_FILE) for ref in refs}
-        cards = self.files.cat(list(paths.values()), on_error="return") if refs else {}
-        return [Entry.read(ref, card if isinstance(card := cards.get(path), bytes) else None) for ref, path in paths.items()]
+        found = self.files.cat(list(paths.values()), on_error="return") if refs else {}
+        return [Entry.of(ref, card if isinstance(card := found.get(path), bytes) else None, self.card) for ref, path in paths.items()]
 
     def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""

@@ -83,7 +83,8 @@ class Mish(nn.Module):
         """Any shape."""
         if x.is_cuda:
             return nn.functional.mish(x)
-        return _MishFunction.apply(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        result: Tensor = _MishFunction.apply(x.to(torch.promote_types(x.dtype, torch.float32)))  # type: ignore[no-untyped-call]
+        return result.to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
