@@ -66,11 +66,12 @@ _FOREIGN_KEYS = {
 }
 
 
-def read_adapter(folder: str | Path) -> Skill:
+def read_adapter(folder: str | Path, *, trusted: bool = False) -> Skill:
     """Read a PEFT LoRA adapter, its scale folded into B.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
+        trusted: the same files were read before and found finite; without that look at every entry they are mapped and not read.
 
     Returns:
         The skill, in the dtype of the file; a float16 or bfloat16 module becomes float32 where folding its scale would round.
@@ -85,7 +86,7 @@ def read_adapter(folder: str | Path) -> Skill:
     try:
         _check_config(config)
         factors, embeddings = _pair(load_tensors(folder / WEIGHTS_FILE)[0])
-        return Skill({name: _fold(name, pair, config) for name, pair in factors.items()}, embeddings)
+        return Skill({name: _fold(name, pair, config) for name, pair in factors.items()}, embeddings, finite=trusted)
     except ValueError as error:
         raise ValueError(f"adapter {str(folder)!r}: {error}") from None
 

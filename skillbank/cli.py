@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from skillbank.bank import Bank, Card, Ref, UnknownRef
+from skillbank.bank import Bank, Ref, UnknownRef
 from skillbank.bank.aliases import ANY, Expected
-from skillbank.bank.card import KINDS, flat, weighted
+from skillbank.bank.card import KINDS, weighted
 from skillbank.bank.query import field
+from skillbank.display import card_fields, lineage_tree, new_table, print_fitting, print_json, print_one, print_parts, progress, telling
 from skillbank.words import did_you_mean
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.tree import Tree
 
 __all__ = ["app", "check_choices", "main", "user_errors"]
 
@@ -38,7 +34,6 @@ _JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs
 _UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank.")]
 _RefsArgument = Annotated[list[str] | None, typer.Argument(help="Which versions; all without.")]
 _DEFAULT = "adapters"
-_TELLING = ("return", "loss", "validation", "merge_error")
 _USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError)
 
 
@@ -112,17 +107,17 @@ def list_(
         known = [(entry, value) for entry in entries if isinstance(value := field(entry.card, sort), int | float)]
         entries = [entry for entry, _ in sorted(known, key=lambda each: -each[1])]
     if json:
-        _print_json([{"ref": str(entry.ref), **asdict(entry.card)} for entry in entries])
+        print_json([{"ref": str(entry.ref), **asdict(entry.card)} for entry in entries])
         return
     columns = {
         "ref": [str(entry.ref) for entry in entries],
-        "metrics": [_metrics(entry.card) for entry in entries],
+        "metrics": [telling(entry.card) for entry in entries],
         "kind": [entry.card.kind for entry in entries],
         "base": [entry.card.base_name for entry in entries],
         "parents": [str(len(entry.card.parents) or "") for entry in entries],
         "created": [entry.card.created[:10] for entry in entries],
     }
-    _print_fitting(columns)
+    print_fitting(columns)
 
 
 @app.command()
@@ -132,17 +127,17 @@ def show(ref: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) -> N
     exact = store.resolve(ref)
     card = store.card(exact)
     if json:
-        _print_json({"ref": str(exact), **asdict(card)})
+        print_json({"ref": str(exact), **asdict(card)})
         return
-    table = _table("field", "value", title=str(exact))
-    for key, value in _fields(card):
+    table = new_table("field", "value", title=str(exact))
+    for key, value in card_fields(card):
         table.add_row(key, value)
     for alias, number in store.aliases(exact.name).items():
         if number == exact.number:
             table.add_row("alias", alias)
     for name, entry in sorted(card.files.items()):
         table.add_row(f"file {name}", f"{entry['size']:,} bytes")
-    _print(table)
+    print_one(table)
 
 
 @app.command()
@@ -154,22 +149,22 @@ def log(
     """Show every version of a name, newest first, with aliases and parents, and how the aliases moved."""
     store = Bank(bank)
     if graph:
-        _print(_tree(store.lineage(name)))
+        print_one(lineage_tree(store.lineage(name)))
         return
     store.resolve(Ref(name))
     aliases = store.aliases(name)
-    table = _table("ref", "aliases", "content", "base", "parents", "metrics", "created")
+    table = new_table("ref", "aliases", "content", "base", "parents", "metrics", "created")
     for number in reversed(store.versions(name)):
         card = store.card(Ref(name, number))
         parents = ", ".join(map(weighted, card.parents))
         marks = ", ".join(alias for alias, each in aliases.items() if each == number)
-        table.add_row(str(Ref(name, number)), marks, card.hash[:12], card.base_name, parents, _metrics(card), card.created)
-    _print(table)
+        table.add_row(str(Ref(name, number)), marks, card.hash[:12], card.base_name, parents, telling(card), card.created)
+    print_one(table)
     if moves := store.moves(name):
-        table = _table("when", "alias", "version", "protected")
+        table = new_table("when", "alias", "version", "protected")
         for move in reversed(moves):
             table.add_row(move.when, move.alias, "taken away" if move.version is None else str(move.version), "yes" if move.protected else "")
-        _print(table)
+        print_one(table)
 
 
 @app.command()
@@ -219,7 +214,7 @@ def export(
 @app.command()
 def push(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEFAULT) -> None:
     """Copy versions and what they stand on to a bank elsewhere; what is there already stays."""
-    with _progress("push") as done:
+    with progress("push") as done:
         sent = Bank(bank).push(url, *(refs or ()), done=done)
     typer.echo("\n".join([*map(str, sent), f"{len(sent)} pushed to {url}"]))
 
@@ -227,7 +222,7 @@ def push(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEF
 @app.command()
 def pull(url: _UrlArgument, refs: _RefsArgument = None, bank: _BankOption = _DEFAULT) -> None:
     """Copy versions and what they stand on from a bank elsewhere, checked as they arrive."""
-    with _progress("pull") as done:
+    with progress("pull") as done:
         got = Bank(bank).pull(url, *(refs or ()), done=done)
     typer.echo("\n".join([*map(str, got), f"{len(got)} pulled from {url}"]))
 
@@ -237,7 +232,7 @@ def clone(url: _UrlArgument, folder: Annotated[Path, typer.Argument(help="The ne
     """Copy a whole bank from elsewhere to a new folder; repeat a clone that was interrupted as `pull --bank`."""
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{str(folder)!r} holds something already: clone to another folder, or use `skillbank pull {url} --bank {folder}`")
-    with _progress("clone") as done:
+    with progress("clone") as done:
         got = Bank(folder).pull(url, done=done)
     typer.echo(f"{len(got)} cloned from {url} to {folder}")
 
@@ -251,12 +246,12 @@ def similar_(
 
     found = similar(Bank(bank), ref, top=top)
     if json:
-        _print_json([{**asdict(each), "ref": str(each.ref)} for each in found])
+        print_json([{**asdict(each), "ref": str(each.ref)} for each in found])
         return
-    table = _table("ref", "cosine", "size")
+    table = new_table("ref", "cosine", "size")
     for each in found:
         table.add_row(str(each.ref), f"{each.cosine:.3f}", f"{each.size:.3g}")
-    _print(table)
+    print_one(table)
 
 
 @app.command()
@@ -296,19 +291,19 @@ def diff(one: str, two: str, bank: _BankOption = _DEFAULT, json: _JsonOption = F
 
     store = Bank(bank)
     things = [store.get(ref) for ref in (one, two)]
-    first, second = ({key: value for key, value in _fields(store.card(ref)) if not key.startswith("tool ")} for ref in (one, two))
+    first, second = ({key: value for key, value in card_fields(store.card(ref)) if not key.startswith("tool ")} for ref in (one, two))
     both = [thing for thing in things if isinstance(thing, Skill)]
     apart = {name: value for name, value in distance(*both).items() if value} if len(both) == 2 else {}
     fields = {key: [first.get(key), second.get(key)] for key in (*first, *second) if first.get(key) != second.get(key)}
     if json:
-        _print_json({"distance": apart, "card": fields})
+        print_json({"distance": apart, "card": fields})
         return
-    table = _table("", str(store.resolve(one)), str(store.resolve(two)))
+    table = new_table("", str(store.resolve(one)), str(store.resolve(two)))
     for key, (left, right) in fields.items():
         table.add_row(key, left or "", right or "")
-    _print(table)
+    print_one(table)
     if apart:
-        _print_parts("module", apart)
+        print_parts("module", apart)
 
 
 @app.command("rebuild")
@@ -318,11 +313,11 @@ def rebuild_(ref: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) 
 
     found = rebuild(ref, Bank(bank))
     if json:
-        _print_json({"ref": str(found.ref), "equal": found.equal, "differences": found.differences, "changed": found.changed})
+        print_json({"ref": str(found.ref), "equal": found.equal, "differences": found.differences, "changed": found.changed})
     elif found.equal:
         typer.echo(f"{found.ref} is bit-equal")
     else:
-        _print_parts(f"differs in {found.ref}", found.differences)
+        print_parts(f"differs in {found.ref}", found.differences)
         for what, how in found.changed.items():
             typer.echo(f"since it was made, {what} has changed: {how}")
     if not found.equal:
@@ -333,104 +328,13 @@ def rebuild_(ref: str, bank: _BankOption = _DEFAULT, json: _JsonOption = False) 
 def verify(ref: Annotated[str | None, typer.Argument(help="One version; the whole bank without it.")] = None, bank: _BankOption = _DEFAULT) -> None:
     """Check every byte of a version, or of the bank; exit code 1 when something is wrong."""
     store = Bank(bank)
-    with _progress("verify") as done:
+    with progress("verify") as done:
         problems = store.verify(ref, done=done)
     for problem in problems:
         typer.echo(str(problem), err=True)
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{store.resolve(ref)} is intact" if ref else f"{sum(len(numbers) for _, numbers in store.names())} versions are intact")
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print_parts(what: str, parts: Mapping[str, float]) -> None:
-    table = _table(what, "relative difference")
-    for name, value in parts.items():
-        table.add_row(name, f"{value:.3g}")
-    _print(table)
-
-
-def _print(shown: Table | Tree) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, markup=False).print(shown)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr that `done(so far, of)` moves; none where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=None)
-        yield lambda so_far, of: progress.update(bar, completed=so_far, total=of)
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _tree(node: Mapping[str, Any]) -> Tree:
-    from rich.tree import Tree
-
-    weight = "" if node["weight"] is None else f"{node['weight']:g} "
-    tree = Tree(f"{weight}{node['ref']} ({node['kind']}, {node['hash'][:12]})")
-    for child in (node["base"], *node["parents"]):
-        if child is not None:
-            tree.children.append(_tree(child))
-    return tree
-
-
-def _print_fitting(columns: dict[str, list[str]]) -> None:
-    """Print as many columns as fit into the terminal, the first ones first; a cell is never broken."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    shown = list(columns)
-    while True:
-        table = Table(box=box.SIMPLE_HEAD)
-        for column in shown:
-            table.add_column(column, no_wrap=True, overflow="ignore")
-        for row in zip(*(columns[column] for column in shown), strict=True):
-            table.add_row(*row)
-        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        if needed <= console.width or len(shown) == 1:
-            break
-        shown.pop()
-    Console(highlight=False, markup=False, width=max(needed, console.width)).print(table)
-
-
-def _metrics(card: Card) -> str:
-    """The two most telling metrics: returns before losses, losses before the rest."""
-    known = [key for key in _TELLING if key in card.metrics]
-    others = [key for key, value in card.metrics.items() if key not in _TELLING and isinstance(value, int | float)]
-    return ", ".join(f"{key} {card.metrics[key]:.5g}" for key in [*known, *others][:2])
-
-
-def _fields(card: Card) -> list[tuple[str, str]]:
-    rows = [("kind", card.kind), ("content", f"sha256:{card.hash}"), ("created", card.created)]
-    if card.base is not None:
-        rows += [("base", card.base_name), ("base fingerprint", card.base["fingerprint"] or "unknown")]
-    rows += [("parent", weighted(each)) for each in card.parents]
-    rows += [("notes", card.notes), ("tags", ", ".join(card.tags)), ("license", card.license or "")]
-    for title, values in (("metric", card.metrics), ("data", card.data), ("conf", card.conf), ("tool", card.tools)):
-        rows += [(f"{title} {key}", value) for key, value in flat(values)]
-    return [(key, value) for key, value in rows if value]
 
 
 if __name__ == "__main__":

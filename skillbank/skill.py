@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -46,6 +46,7 @@ class Skill:
         embeddings: the modules that are `nn.Embedding` layers; their I is the number of embeddings and their O the width. Only the on-disk
             format needs to know.
         certificate: what the merge that made this skill did; None for a trained skill.
+        finite: all entries are known to be finite, so that they are not looked at.
 
     Raises:
         ValueError: no modules, shapes that do not multiply, a dtype that is not floating point, or an entry that is not finite.
@@ -55,8 +56,9 @@ class Skill:
     factors: Mapping[str, Factor]
     embeddings: frozenset[str] = field(default=frozenset())
     certificate: Certificate | None = None
+    finite: InitVar[bool] = field(default=False, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, finite: bool) -> None:
         if not self.factors:
             raise ValueError("a skill needs at least one module, got none")
         for name, (a, b) in self.factors.items():
@@ -64,7 +66,7 @@ class Skill:
                 raise ValueError(f"factor {name!r}: A must be (R, I) and B (O, R), got A {tuple(a.shape)} and B {tuple(b.shape)}")
             if not (a.is_floating_point() and b.is_floating_point()):
                 raise ValueError(f"factor {name!r} must be floating point, got A {a.dtype} and B {b.dtype}")
-            if not (_finite(a) and _finite(b)):
+            if not (finite or (_finite(a) and _finite(b))):
                 raise ValueError(f"factor {name!r} holds NaN or infinite entries: the adapter is damaged or its training diverged")
         unknown = self.embeddings - set(self.factors)
         if unknown:

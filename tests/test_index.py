@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skillbank.bank import Bank, Ref
-from skillbank.bank import folder as foldering
 from skillbank.bank import index as indexing
+from skillbank.bank import verify as checking
 from skillbank.bank.card import Card
 from tests.test_bank import base_of, shipped, skill_of  # noqa: F401
 
@@ -166,36 +166,42 @@ def test_the_cache_is_in_the_users_folder(monkeypatch):
 
 
 @pytest.fixture
-def large(bank, monkeypatch):
-    """Every file counts as large; the digests that are computed are noted."""
-    monkeypatch.setattr(foldering, "_LARGE", 0)
-    digest, computed = foldering.file_digest, []
-    monkeypatch.setattr(foldering, "file_digest", lambda path: computed.append(path.name) or digest(path))
+def hashed(bank, monkeypatch):
+    """The files whose digests are computed."""
+    digest, computed = checking.file_digest, []
+    monkeypatch.setattr(checking, "file_digest", lambda path: computed.append(path.name) or digest(path))
     return computed
 
 
-def test_a_large_file_is_hashed_once(bank, large, monkeypatch):
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_a_version_is_hashed_once(bank, hashed, monkeypatch, process):
+    def get():
+        if process == "another":
+            monkeypatch.setattr(indexing, "_TRUSTED", {})
+        return bank.get("walker/walk@1")
+
     monkeypatch.setattr(indexing, "_SETTLED", 0)
-    bank.get("walker/walk@1")
-    assert sorted(large) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    bank.get("walker/walk@1")
-    assert len(large) == 3
+    get()
+    assert sorted(hashed) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    get()
+    assert len(hashed) == 3
     bank.verify("walker/walk@1")
+    assert len(hashed) == 6, "verify reads every byte, whatever is known"
     path = bank.path("walker/walk@1") / "adapter_model.safetensors"
     data = path.read_bytes()
     stamp = path.stat()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # the time of the last change of the inode still tells
     with pytest.raises(ValueError, match=r"walker/walk@1: adapter_model.safetensors does not match the hash in its card"):
-        bank.get("walker/walk@1")
+        get()
     path.write_bytes(data)
-    assert bank.get("walker/walk@1").fingerprint == skill_of(1).fingerprint
+    assert get().fingerprint == skill_of(1).fingerprint
 
 
-def test_a_file_that_was_just_written_is_not_believed(bank, large):
+def test_a_version_that_was_just_written_is_not_believed(bank, hashed):
     bank.get("walker/walk@1")
     bank.get("walker/walk@1")
-    assert len(large) == 6
+    assert len(hashed) == 6
 
 
 def test_many_processes_list_and_put_at_once(bank):

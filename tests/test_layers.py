@@ -21,11 +21,14 @@ FILES = {
 
 ORDER = [
     *("words", "certificate", "tensors", "skill", "adapter", "attach", "model", "merge", "bank", "gate", "load", "exchange", "search"),
-    *("fit", "models", "tasks", "report", "cli"),
+    *("fit", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 
-BANK = ["refs", "sealed", "card", "aliases", "query", "records", "links", "publish", "removal", "remote", "verify", "reader", "store"]
+BANK = [
+    *("refs", "sealed", "card", "layout", "aliases", "query", "index", "records", "links", "publish", "removal", "folder", "remote", "verify"),
+    *("reader", "transfer", "store"),
+]
 """Reading order inside the bank."""
 
 HOMES = {
@@ -35,7 +38,7 @@ HOMES = {
     "fsspec": {"bank.remote"},
     "gymnasium": {"tasks.environments"},
     "h5py": {"tasks.demonstrations"},
-    "hydra": set(),
+    "hydra": {"recipe"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "minari": {"tasks.demonstrations"},
@@ -43,7 +46,7 @@ HOMES = {
     "omegaconf": set(),
     "peft": {"attach"},
     "PIL": {"report"},
-    "rich": {"cli"},
+    "rich": {"display"},
     "safetensors": {"tensors", "bank.records"},
     "tqdm": {"fit"},
     "transformers": {"attach"},

@@ -8,16 +8,12 @@ from typing import Any, Protocol
 
 from skillbank.bank.aliases import Move, read_moves
 from skillbank.bank.card import CARD_FILE
-from skillbank.bank.index import Entry, entries, unchanged, with_content
+from skillbank.bank.index import Entry, entries, trust, trusted, with_content
 from skillbank.bank.layout import TOMBSTONE_FILE, is_version, scan
 from skillbank.bank.refs import Ref, parse_version
 from skillbank.bank.removal import tombstone
-from skillbank.bank.sealed import file_digest
 
 __all__ = ["Folder", "Place"]
-
-_LARGE = 2**22
-"""Bytes; to hash fewer takes no longer than to look up that they were hashed."""
 
 
 class Place(Protocol):
@@ -63,8 +59,12 @@ class Place(Protocol):
         """Folder of a version on this machine."""
         ...
 
-    def has_digest(self, path: Path, sha256: str) -> bool:
-        """Whether a file in such a folder has this SHA-256; a large one is not read again while its time stamps stay."""
+    def trusted(self, ref: Ref) -> bool:
+        """Whether a version was found whole before, and none of its files in that folder looks otherwise since."""
+        ...
+
+    def trust(self, ref: Ref) -> None:
+        """Remember that a version was found whole."""
         ...
 
 
@@ -135,13 +135,13 @@ class Folder:
         """See `Place`."""
         return self.root / ref.name / str(ref.number)
 
-    def has_digest(self, path: Path, sha256: str) -> bool:
+    def trusted(self, ref: Ref) -> bool:
         """See `Place`."""
+        return trusted(self.root, self.folder(ref))
 
-        def check() -> bool:
-            return file_digest(path) == sha256
-
-        return check() if path.stat().st_size < _LARGE else unchanged(self.root, path, sha256, check)
+    def trust(self, ref: Ref) -> None:
+        """See `Place`."""
+        trust(self.root, self.folder(ref))
 
     def _check(self) -> None:
         if not self.root.is_dir():

@@ -22,7 +22,7 @@ from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import scan
 from skillbank.bank.refs import Ref
 
-__all__ = ["CACHE", "Entry", "cache_folder", "entries", "unchanged", "with_content"]
+__all__ = ["CACHE", "Entry", "cache_folder", "entries", "trust", "trusted", "with_content"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ _SETTLED = 2 * 10**9
 """Nanoseconds after which a time stamp is believed: within them a folder can change once more and keep it."""
 _UNUSED = 30 * 86400
 """Seconds."""
+_TRUSTED: dict[tuple[Path, str], str] = {}
+"""What this process has looked up of `trust`: stamps by bank and version."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS folder (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS version (
@@ -112,31 +114,24 @@ def with_content(root: Path, prefix: str, name: str = "") -> list[Entry]:
     return _ask(root, name, "WHERE hash >= ? AND hash < ? AND ? IN ('', name) ORDER BY name, number", prefix, f"{prefix}g", name)
 
 
-def unchanged(root: Path, path: Path, sha256: str, check: Callable[[], bool]) -> bool:
-    """Whether a large file has this SHA-256: asked of `check` once, and again only when the file's time stamps, size or place have changed.
-
-    Args:
-        root: folder of the bank.
-        path: the file.
-        sha256: what it is to have.
-        check: reads all of it.
-
-    """
-    key, stamp, settled = str(path.relative_to(root)), *_file_stamp(path, sha256)
-
-    def known(file: sqlite3.Connection) -> list[tuple[str]]:
-        return file.execute("SELECT stamp FROM checked WHERE path = ? AND stamp = ?", (key, stamp)).fetchall()
-
-    def remember(file: sqlite3.Connection) -> list[tuple[str]]:
-        return file.execute("INSERT OR REPLACE INTO checked VALUES (?, ?)", (key, stamp)).fetchall()
-
-    if settled and _with_file(root, known):
+def trusted(root: Path, folder: Path) -> bool:
+    """Whether a version was found whole before, see `trust`, and none of its files looks otherwise since."""
+    key, stamp, settled = str(folder.relative_to(root)), *_version_stamp(folder)
+    if settled and _TRUSTED.get((root, key)) == stamp:
         return True
-    if not check():
+    question = ("SELECT stamp FROM checked WHERE path = ? AND stamp = ?", (key, stamp))
+    if not settled or not _with_file(root, lambda file: file.execute(*question).fetchall()):
         return False
-    if settled:
-        _with_file(root, remember)
+    _TRUSTED[root, key] = stamp
     return True
+
+
+def trust(root: Path, folder: Path) -> None:
+    """Remember that every byte of a version was checked, unless a file was changed so lately that it could change once more unseen."""
+    key, stamp, settled = str(folder.relative_to(root)), *_version_stamp(folder)
+    if settled:
+        _TRUSTED[root, key] = stamp
+        _with_file(root, lambda file: file.execute("INSERT OR REPLACE INTO checked VALUES (?, ?)", (key, stamp)).fetchall())
 
 
 def _ask(root: Path, name: str, condition: str, *values: str, cards: bool = False) -> list[Entry]:
@@ -263,11 +258,12 @@ def _stamp(folder: os.stat_result) -> str:
     return f"{folder.st_ino}:{folder.st_mtime_ns}"
 
 
-def _file_stamp(path: Path, sha256: str) -> tuple[str, bool]:
-    """What a file looks like from outside, and whether it would look different after another change."""
-    found = os.stat(path)
-    stamp = f"{sha256}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
-    return stamp, time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) >= _SETTLED
+def _version_stamp(folder: Path) -> tuple[str, bool]:
+    """What the files of a version look like from outside, and whether they would look different after another change."""
+    found = sorted((each.name, each.stat(follow_symlinks=False)) for each in os.scandir(folder))
+    stamp = ";".join(f"{name}:{each.st_ino}:{each.st_size}:{each.st_mtime_ns}:{each.st_ctime_ns}" for name, each in found)
+    last = max((max(each.st_mtime_ns, each.st_ctime_ns) for _, each in found), default=0)
+    return stamp, time.time_ns() - last >= _SETTLED
 
 
 def _read(path: Path) -> bytes | None:

@@ -178,15 +178,15 @@ def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapte
         write_adapter(thing, folder, **adapter)
 
 
-def read_payload(kind: str, folder: Path) -> Thing:
-    """Read what `write_payload` wrote; the caller has checked the hashes of the files."""
+def read_payload(kind: str, folder: Path, *, trusted: bool = False) -> Thing:
+    """Read what `write_payload` wrote; the caller has checked the hashes of the files, and, where they are `trusted`, has read it before."""
     from skillbank.adapter import read_adapter
     from skillbank.tensors import load_tensors
 
     if kind == "base":
         return Base(json.loads((folder / MODEL_FILE).read_bytes()), load_tensors(folder / MODEL_WEIGHTS)[0])
     if kind == "skill":
-        return read_adapter(folder)
+        return read_adapter(folder, trusted=trusted)
     body = json.loads((folder / COMPOSITION_FILE).read_bytes())
     gate = folder / GATE_WEIGHTS
     skills = tuple(skill["ref"] for skill in body["skills"])

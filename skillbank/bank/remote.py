@@ -20,7 +20,7 @@ from skillbank.bank.index import Entry, cache_folder
 from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
 from skillbank.bank.refs import Ref, parse_version
-from skillbank.bank.sealed import locked, unseal, write_new
+from skillbank.bank.sealed import file_digest, locked, unseal, write_new
 
 __all__ = ["Remote", "download"]
 
@@ -114,23 +114,28 @@ class Remote:
         target = self.cache.folder(ref)
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target.with_name(f".{target.name}.lock")):
-            if not self._holds(target, self.card(ref)):
+            if not self._holds(ref, self.card(ref)):
                 with temporary(self.cache.root) as folder:
                     download(self, ref, folder)
                     shutil.rmtree(target, ignore_errors=True)
                     arrive(self.cache.root, folder, ref)
         return target
 
-    def has_digest(self, path: Path, sha256: str) -> bool:
+    def trusted(self, ref: Ref) -> bool:
         """See `Place`."""
-        return self.cache.has_digest(path, sha256)
+        return self.cache.trusted(ref)
 
-    def _holds(self, folder: Path, card: bytes) -> bool:
-        """Whether a folder is the version with this card, every byte of it."""
+    def trust(self, ref: Ref) -> None:
+        """See `Place`."""
+        self.cache.trust(ref)
+
+    def _holds(self, ref: Ref, card: bytes) -> bool:
+        """Whether the cache has the version with this card, every byte of it."""
+        folder = self.cache.folder(ref)
         try:
-            files = Card.from_bytes(card).files
-            same = (folder / CARD_FILE).read_bytes() == card
-            return same and all(self.has_digest(folder / name, entry["sha256"]) for name, entry in files.items())
+            if (folder / CARD_FILE).read_bytes() != card:
+                return False
+            return self.trusted(ref) or all(file_digest(folder / name) == entry["sha256"] for name, entry in Card.from_bytes(card).files.items())
         except FileNotFoundError:
             return False
 
