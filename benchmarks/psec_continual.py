@@ -47,6 +47,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_continual.jsonl"
 BASE = "walker/stand"
 SCENARIOS = {"S->W": ("walk", ("walk",)), "S->R": ("run", ("run",)), "S+W->R": ("run", ("walk", "run"))}
 SETTINGS = {"det10": ("_deterministic", 10), "sto10": ("", 10), "sto3": ("", 3)}
+STEPS = {"walk": 4000, "run": 16000}
+"""Of a skill of this library's recipe."""
 PAPER = {
     ("S->W", "scratch"): 58.9,
     ("S->W", "asec"): 65.7,
@@ -187,11 +189,11 @@ class Study:
         return level
 
     def own_skills(self, scenario: str) -> list[str]:
-        """Skills of this library's recipe, oldest first: the defaults of conf/, a later skill continuing from the earlier ones."""
+        """Skills of this library's recipe, oldest first: the defaults of conf/ and `STEPS`, a later skill continuing from the earlier ones."""
         made: list[str] = []
         for task in SCENARIOS[scenario][1]:
             recipe = "ours" if not made else "ours-from-walk"
-            made.append(self.train(task, recipe, f"start=[{','.join(made)}]"))
+            made.append(self.train(task, recipe, f"start=[{','.join(made)}]", f"fit.steps={STEPS[task]}"))
         return made
 
     def ours(self, scenario: str) -> Model:
