@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skillbank.adapter import read_adapter, write_adapter
     from skillbank.attach import attach, detach, fold, fresh, read
-    from skillbank.bank import Bank, Base, Composition, Ref
+    from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
     from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
-    from skillbank.load import load
+    from skillbank.load import check_base, load
     from skillbank.merge import merge
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
@@ -30,12 +30,12 @@ __version__ = "0.1.0"
 _HOME = {
     "adapter": ["read_adapter", "write_adapter"],
     "attach": ["attach", "detach", "fold", "fresh", "read"],
-    "bank": ["Bank", "Base", "Composition", "Ref"],
+    "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
     "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
-    "load": ["load"],
+    "load": ["check_base", "load"],
     "merge": ["merge"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
@@ -48,6 +48,7 @@ __all__ = [
     "Bank",
     "Base",
     "Certificate",
+    "Checkpoint",
     "Composed",
     "Composition",
     "ConstantGate",
@@ -57,6 +58,7 @@ __all__ = [
     "Skill",
     "Task",
     "attach",
+    "check_base",
     "check_model",
     "cosine",
     "detach",

@@ -11,7 +11,7 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from skillbank.bank import Bank, Ref, UnknownRef
+from skillbank.bank import Bank, Checkpoint, Ref, UnknownRef
 from skillbank.bank.aliases import ANY, Expected
 from skillbank.bank.card import KINDS, weighted
 from skillbank.bank.query import field
@@ -196,6 +196,20 @@ def import_(
     from skillbank.exchange import import_adapter
 
     typer.echo(str(import_adapter(folder, Bank(bank), name, base=base, card={"tags": tag or []})))
+
+
+@app.command()
+def base(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint: a folder of safetensors files, such as a snapshot in the Hub's cache.")],
+    name: Annotated[str, typer.Argument(help="The name that it gets.")],
+    bank: _BankOption = _DEFAULT,
+    repo: Annotated[str | None, typer.Option(help="Id of its Hub repository, where the path does not tell.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the repository, where the path does not tell.")] = None,
+) -> None:
+    """Put a base into the bank by its hashes; its weights stay where they are."""
+    with progress("hash"):
+        checkpoint = Checkpoint.scan(folder, repo=repo, revision=revision)
+    typer.echo(str(Bank(bank).put(checkpoint, name)))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from skillbank.adapter import CONFIG_FILE, read_adapter, write_adapter
 from skillbank.attach import fold
-from skillbank.bank import Bank, Base, Composition, Ref
+from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.records import write_payload
 from skillbank.load import build_base, skills_on_base
 from skillbank.merge import merge
@@ -68,19 +68,21 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) ->
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{str(folder)!r} holds something already: export to another folder")
     thing = bank.get(ref)
-    if isinstance(thing, Base):
+    if isinstance(thing, Base | Checkpoint):
         if not merged:
             raise ValueError(f"{ref!r} is a base, no adapter: export it with merged=True (--merged)")
-        skill, base = None, thing
+        skill: Skill | None = None
+        base: Base | Checkpoint = thing
     else:
         skill = thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
         if not merged:
             write_adapter(skill, folder)
             return folder
         found = bank.get(bank.base_of([ref]))
-        assert isinstance(found, Base)
+        assert isinstance(found, Base | Checkpoint)
         base = found
     model = build_base(base)
+    assert isinstance(base, Base)
     if skill is not None:
         fold(model.net, skill)
     folder.mkdir(parents=True, exist_ok=True)

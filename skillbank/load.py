@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from skillbank.attach import attach, base_weights
-from skillbank.bank import Bank, Base, Composition, base_fingerprint
+from skillbank.bank import Bank, Base, Checkpoint, Composition, base_fingerprint
 from skillbank.gate import Composed
 from skillbank.merge import merge
-from skillbank.model import Model, ModelModule
+from skillbank.model import ModelModule
 from skillbank.skill import Skill
 
 __all__ = ["build", "build_base", "check_base", "load", "skills_on_base"]
@@ -37,7 +37,7 @@ def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.dev
         raise ValueError(f"device={device} was asked for, but torch sees no GPU: use device='cpu', or install a CUDA build of torch")
     bank = bank if isinstance(bank, Bank) else Bank(bank)
     thing = bank.get(ref)
-    if isinstance(thing, Base):
+    if isinstance(thing, Base | Checkpoint):
         model = build_base(thing)
     elif isinstance(thing, Skill):
         _, model, (skill,), _ = skills_on_base(bank, [ref])
@@ -47,8 +47,13 @@ def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.dev
     return model.to(device).eval()
 
 
-def build_base(base: Base) -> ModelModule:
-    """Model of a stored base, its weights in place."""
+def build_base(base: Base | Checkpoint) -> ModelModule:
+    """Model of a stored base, its weights in place; a ValueError where they are elsewhere."""
+    if isinstance(base, Checkpoint):
+        raise ValueError(
+            f"the bank knows the checkpoint {base.repo!r} by its hashes only: load it where it is, then skillbank.attach(net, skill), and check with "
+            "skillbank.check_base(bank, ref, net)"
+        )
     model = cast("ModelModule", build(base.model))
     expected, found = set(model.state_dict()), set(base.tensors)
     if expected != found:
@@ -74,18 +79,26 @@ def build(conf: Mapping[str, Any], **extra: Any) -> nn.Module:
     return target(**options, **extra)
 
 
-def check_base(bank: Bank, ref: str, skill: Skill, model: Model) -> None:
-    """Check that the skill at `ref` was trained on exactly these base weights.
+def check_base(bank: Bank, ref: str, net: nn.Module) -> None:
+    """Check that the skill at `ref` was trained on exactly the weights of this net.
+
+    Args:
+        bank: where the skill is.
+        ref: the skill.
+        net: what it attaches to, with a skill on it or without.
 
     Raises:
-        ValueError: naming the skill and both fingerprints.
+        UnknownRef: no such version.
+        ValueError: other weights; the message names the skill and both fingerprints.
 
     """
-    card = bank.card(ref)
+    card, skill = bank.card(ref), bank.get(ref)
+    if not isinstance(skill, Skill):
+        raise ValueError(f"{ref!r} is a {card.kind}, a skill is needed here")
     recorded = card.base["fingerprint"] if card.base else None
-    live = base_fingerprint(base_weights(model.net, skill), skill)
+    live = base_fingerprint(base_weights(net, skill), skill)
     if recorded != live:
-        was = card.base["ref"] if card.base else "none"
+        was = card.base_name or "none"
         raise ValueError(
             f"skill {ref!r} was trained on base {was!r} ({str(recorded)[:12]}), this model is {live[:12]}: load that base or retrain the skill"
         )
@@ -104,15 +117,12 @@ def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, ModelModule, l
     exact = [str(bank.resolve(ref)) for ref in refs]
     base_ref = str(bank.base_of(exact))
     base = bank.get(base_ref)
-    assert isinstance(base, Base)
+    assert isinstance(base, Base | Checkpoint)
     model = build_base(base)
     skills = []
     for ref in exact:
-        skill = bank.get(ref)
-        if not isinstance(skill, Skill):
-            raise ValueError(f"{ref!r} is a {bank.card(ref).kind}, a skill is needed here")
-        check_base(bank, ref, skill, model)
-        skills.append(skill)
+        check_base(bank, ref, model.net)
+        skills.append(cast("Skill", bank.get(ref)))
     return base_ref, model, skills, exact
 
 

@@ -26,7 +26,23 @@ ORDER = [
 """Reading order: at module level a part of the package imports from those before it only."""
 
 BANK = [
-    *("refs", "sealed", "card", "layout", "aliases", "query", "index", "records", "links", "publish", "removal", "folder", "remote", "verify"),
+    *(
+        "refs",
+        "sealed",
+        "card",
+        "layout",
+        "aliases",
+        "query",
+        "index",
+        "checkpoint",
+        "records",
+        "links",
+        "publish",
+        "removal",
+        "folder",
+        "remote",
+        "verify",
+    ),
     *("reader", "transfer", "store"),
 ]
 """Reading order inside the bank."""

@@ -96,14 +96,11 @@ def test_a_skill_of_another_base_is_refused(bank):
     with torch.no_grad():
         next(layer for layer in other.net.modules() if isinstance(layer, torch.nn.Linear)).weight.add_(1e-3)
     ref = bank.put(sb.Base(MODEL, other.state_dict()), "other")
-    skill = bank.get("one")
     bank.put(random_skill(other.net, seed=9), "stranger", card={"base": str(ref)})
     with pytest.raises(ValueError, match="one common base is needed, got"):
         skills_on_base(bank, ["one", "stranger"])
-    from skillbank.load import check_base
-
     with pytest.raises(ValueError, match=r"skill 'one@1' was trained on base 'base@1' \(\w{12}\), this model is \w{12}: load that base or retrain"):
-        check_base(bank, "one@1", skill, other)
+        sb.check_base(bank, "one@1", other.net)
 
 
 def test_a_version_of_another_kind_is_refused(bank):

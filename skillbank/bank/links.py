@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import BaseLink, Card, Parent
-from skillbank.bank.records import Composition, Thing, base_fingerprint, kind_of, net_weights, read_payload
+from skillbank.bank.records import Composition, Thing, kind_of, read_payload, stored_fingerprint
 from skillbank.bank.refs import Ref
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def recompute_fingerprint(bank: BankReader, ref: Ref, card: Card) -> str:
         raise ValueError(f"{ref} has no base in {bank}")
     holders = [str(ref)] if card.kind == "skill" else [parent["ref"] for parent in card.parents]
     modules = {module for holder in holders for module in _modules(bank, holder)}
-    return base_fingerprint(net_weights(bank.path(card.base["ref"]), modules), sorted(modules))
+    return stored_fingerprint(bank.path(card.base["ref"]), modules)
 
 
 def _composition_links(bank: BankReader, thing: Composition, base: Any, parents: Iterable[Any]) -> tuple[Composition, BaseLink, tuple[Parent, ...]]:
@@ -105,7 +105,7 @@ def _parent(bank: BankReader, parent: Any, kind: str | None = None) -> Parent:
 def _base_link(bank: BankReader, base: Any, modules: set[str]) -> BaseLink:
     entry = base if isinstance(base, Mapping) else {"ref": base}
     found = _parent(bank, {key: value for key, value in entry.items() if key in ("ref", "hash") and value is not None}, "base")
-    fingerprint = base_fingerprint(net_weights(bank.path(found["ref"]), modules), sorted(modules))
+    fingerprint = stored_fingerprint(bank.path(found["ref"]), modules)
     if entry.get("fingerprint") not in (None, fingerprint):
         raise ValueError(
             f"the base has fingerprint {entry['fingerprint'][:12]}, {found['ref']!r} in the bank has {fingerprint[:12]}: the skill was made on "

@@ -1,17 +1,20 @@
 """What a bank holds beside skills: bases and compositions, and how each kind lies in a version folder.
 
-`skill`: `adapter_config.json`, `adapter_model.safetensors`. `base`: `model.json`, `model.safetensors`. `composition`: `composition.json`, and
-`gate.safetensors` where the gate has weights.
+`skill`: `adapter_config.json`, `adapter_model.safetensors`. `base`: `model.json`, `model.safetensors`, or `checkpoint.json` where its weights stay
+elsewhere. `composition`: `composition.json`, and `gate.safetensors` where the gate has weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from skillbank.bank.checkpoint import Checkpoint
 from skillbank.bank.sealed import canonical, write_new
 from skillbank.words import did_you_mean
 
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 
     from skillbank.skill import Skill
 
-__all__ = ["Base", "Composition", "Thing", "base_fingerprint", "kind_of", "net_weights", "read_payload", "write_payload"]
+__all__ = ["Base", "Composition", "Thing", "base_fingerprint", "kind_of", "read_payload", "stored_fingerprint", "write_payload"]
 
 MODEL_FILE = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
+CHECKPOINT_FILE = "checkpoint.json"
 COMPOSITION_FILE = "composition.json"
 GATE_WEIGHTS = "gate.safetensors"
 _NET = "net."
@@ -93,7 +97,7 @@ class Composition:
         return list(self.merge["weights"]) if self.merge is not None and self.merge.get("weights") is not None else None
 
 
-Thing: TypeAlias = "Skill | Base | Composition"
+Thing: TypeAlias = "Skill | Base | Checkpoint | Composition"
 """What a bank holds."""
 
 
@@ -106,10 +110,10 @@ def kind_of(thing: object) -> str:
     """
     from skillbank.skill import Skill
 
-    for kind, each in (("base", Base), ("skill", Skill), ("composition", Composition)):
+    for kind, each in (("base", Base | Checkpoint), ("skill", Skill), ("composition", Composition)):
         if isinstance(thing, each):
             return kind
-    raise TypeError(f"a bank holds Skill, Base and Composition, got {type(thing).__name__}")
+    raise TypeError(f"a bank holds Skill, Base, Checkpoint and Composition, got {type(thing).__name__}")
 
 
 def base_fingerprint(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> str:
@@ -125,27 +129,48 @@ def base_fingerprint(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> s
     """
     from skillbank.skill import digest
 
-    chosen: dict[str, Tensor] = {}
-    for module in modules:
-        key = f"{module}.weight"
-        if key not in tensors:
-            known = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-            raise ValueError(f"the base has no module {module!r} with a weight, but the skill adapts it: {did_you_mean(module, known)}")
-        chosen[key] = tensors[key]
-    return digest(chosen)
+    return _fingerprint(modules, tensors, lambda name: digest({"": tensors[name]}))
 
 
-def net_weights(folder: Path, modules: Iterable[str]) -> dict[str, Tensor]:
-    """`<module>.weight` of a stored base, for those of the modules that it has; nothing else of it is read."""
+def stored_fingerprint(folder: Path, modules: Iterable[str]) -> str:
+    """`base_fingerprint` of a base in its version folder; of a `Checkpoint`, without its weights."""
     from safetensors import SafetensorError, safe_open
 
+    if (folder / CHECKPOINT_FILE).exists():
+        digests = _read_checkpoint(folder).weights
+        return _fingerprint(modules, digests, digests.__getitem__)
     path = folder / MODEL_WEIGHTS
+    found = path.stat()
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = {f"{_NET}{module}.weight" for module in modules}.intersection(file.keys())
-            return {name.removeprefix(_NET): file.get_tensor(name) for name in wanted}
+            names = {name.removeprefix(_NET) for name in file.keys() if name.startswith(_NET)}  # noqa: SIM118
+        return _fingerprint(
+            modules, names, lambda name: _stored_digest(path, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns), name)
+        )
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _fingerprint(modules: Iterable[str], known: Iterable[str], digest_of: Callable[[str], str]) -> str:
+    """SHA-256 over the lines `name NUL digest LF` of the weights, by name; a digest is over dtype, shape and bytes."""
+    total, names = hashlib.sha256(), set(known)
+    for name in sorted(f"{module}.weight" for module in modules):
+        if name not in names:
+            module, others = name.removesuffix(".weight"), [each.removesuffix(".weight") for each in names if each.endswith(".weight")]
+            raise ValueError(f"the base has no module {module!r} with a weight, but the skill adapts it: {did_you_mean(module, others)}")
+        total.update(f"{name}\0{digest_of(name)}\n".encode())
+    return total.hexdigest()
+
+
+@lru_cache(maxsize=100_000)
+def _stored_digest(path: Path, _stamp: tuple[int, ...], name: str) -> str:
+    """Digest of one weight in the file of a base, which every skill on it asks for again."""
+    from safetensors import safe_open
+
+    from skillbank.skill import digest
+
+    with safe_open(path, framework="pt") as file:
+        return digest({"": file.get_tensor(f"{_NET}{name}")})
 
 
 def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapter: Mapping[str, Any]) -> None:
@@ -164,6 +189,8 @@ def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapte
     if isinstance(thing, Base):
         save_tensors(folder / MODEL_WEIGHTS, unshared(thing.tensors), {"format": "pt"})
         write_new(folder / MODEL_FILE, canonical(dict(thing.model), "the model's conf"))
+    elif isinstance(thing, Checkpoint):
+        write_new(folder / CHECKPOINT_FILE, canonical(asdict(thing), "the checkpoint"))
     elif isinstance(thing, Composition):
         body = {
             "base": {"ref": thing.base, "hash": parents[thing.base]},
@@ -183,6 +210,8 @@ def read_payload(kind: str, folder: Path, *, trusted: bool = False) -> Thing:
     from skillbank.adapter import read_adapter
     from skillbank.tensors import load_tensors
 
+    if kind == "base" and (folder / CHECKPOINT_FILE).exists():
+        return _read_checkpoint(folder)
     if kind == "base":
         return Base(json.loads((folder / MODEL_FILE).read_bytes()), load_tensors(folder / MODEL_WEIGHTS)[0])
     if kind == "skill":
@@ -191,6 +220,13 @@ def read_payload(kind: str, folder: Path, *, trusted: bool = False) -> Thing:
     gate = folder / GATE_WEIGHTS
     skills = tuple(skill["ref"] for skill in body["skills"])
     return Composition(body["base"]["ref"], skills, body["merge"], body["gate"], load_tensors(gate)[0] if gate.exists() else {})
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    try:
+        return Checkpoint(**json.loads((folder / CHECKPOINT_FILE).read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CHECKPOINT_FILE} is no checkpoint: {error}") from None
 
 
 def _check_target(what: str, conf: Mapping[str, Any]) -> None:
