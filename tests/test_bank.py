@@ -332,7 +332,7 @@ def test_a_skill_of_another_base_is_refused(bank):
         bank.put(base_of(5), "walker/odd", card={"base": "walker/stand"})
     with pytest.raises(ValueError, match="a composition has its own base"):
         bank.put(bank.get("walker/both"), "walker/odd", card={"base": "walker/stand"})
-    with pytest.raises(TypeError, match="a bank holds Skill, Base and Composition, got dict"):
+    with pytest.raises(TypeError, match="a bank holds Skill, Base, Checkpoint and Composition, got dict"):
         bank.put({}, "walker/odd")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from skillbank.bank.aliases import Move, read_moves
 from skillbank.bank.card import CARD_FILE
 from skillbank.bank.index import Entry, entries, trust, trusted, with_content
-from skillbank.bank.layout import TOMBSTONE_FILE, is_version, scan
+from skillbank.bank.layout import TOMBSTONE_FILE, is_version, numbers, scan
 from skillbank.bank.refs import Ref, parse_version
 from skillbank.bank.removal import tombstone
 
@@ -25,6 +25,10 @@ class Place(Protocol):
 
     def versions(self, name: str) -> list[int]:
         """Version numbers of a name, ascending."""
+        ...
+
+    def newest(self, name: str) -> int | None:
+        """Highest version number of a name, None where there is no version."""
         ...
 
     def has(self, ref: Ref) -> bool:
@@ -99,6 +103,13 @@ class Folder:
             return scan(self.root / name).versions
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def newest(self, name: str) -> int | None:
+        """See `Place`."""
+        try:
+            return next((number for number in numbers(self.root / name) if self.has(Ref(name, number))), None)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def has(self, ref: Ref) -> bool:
         """See `Place`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from skillbank.bank.card import CARD_FILE
 from skillbank.bank.refs import parse_version
 
-__all__ = ["PARTIAL_FILE", "TEMPORARY", "TOMBSTONE_FILE", "Listing", "is_version", "scan"]
+__all__ = ["PARTIAL_FILE", "TEMPORARY", "TOMBSTONE_FILE", "Listing", "is_version", "numbers", "scan"]
 
 TEMPORARY = ".tmp-"
 PARTIAL_FILE = ".partial"
@@ -44,6 +44,13 @@ def scan(folder: str | Path) -> Listing:
             versions.append(number)
         arriving |= PARTIAL_FILE in inside
     return Listing(sorted(versions), sorted(deeper), arriving)
+
+
+def numbers(folder: str | Path) -> list[int]:
+    """Numbers of the folders of a name, highest first, whatever they hold."""
+    with os.scandir(folder) as entries:
+        found = [parse_version(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return sorted((number for number in found if number is not None), reverse=True)
 
 
 def is_version(folder: str | Path) -> bool:

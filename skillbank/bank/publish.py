@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
-from skillbank.bank.layout import TEMPORARY
-from skillbank.bank.refs import Ref, parse_version
+from skillbank.bank.layout import TEMPORARY, numbers
+from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     parent.mkdir(parents=True, exist_ok=True)
     number = 0
     while True:
-        taken = _taken(parent)  # before the search for equals: what comes in between makes the rename fail
+        taken = _last_taken(parent)  # before the search for equals: what comes in between makes the rename fail
         for other in bank.place.with_content(card.hash, name):
             if (other.kind, other.card.base) == (card.kind, card.base):
                 return other.ref
-        number = max(number, *taken, 0) + 1
+        number = max(number, taken) + 1
         try:
             folder.rename(parent / str(number))
         except OSError as error:
@@ -112,7 +112,9 @@ def _flush(folder: Path) -> None:
     fsync(folder)
 
 
-def _taken(parent: Path) -> list[int]:
-    """Numbers of the versions of a name that are, or were."""
-    folders = [(number, path) for path in parent.iterdir() if (number := parse_version(path.name)) is not None and path.is_dir()]
-    return [number for number, path in folders if any(not each.name.startswith(".") for each in path.iterdir())]
+def _last_taken(parent: Path) -> int:
+    """Highest number of a version of a name that is, or was; 0 if there is none."""
+    for number in numbers(parent):
+        if any(not each.name.startswith(".") for each in (parent / str(number)).iterdir()):
+            return number
+    return 0

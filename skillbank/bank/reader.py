@@ -104,20 +104,20 @@ class BankReader:
             return self._by_content(ref, ref.content)
         if isinstance(ref.version, int) and self.place.has(ref):
             return ref
-        versions = self.versions(ref.name)
-        if not versions:
+        newest = self.place.newest(ref.name)
+        if newest is None:
             raise UnknownRef(f"no {ref.name!r} in {self}: {did_you_mean(ref.name, (name for name, _ in self.names()))}")
         if ref.version is None:
-            return Ref(ref.name, versions[-1])
+            return Ref(ref.name, newest)
         if isinstance(ref.version, str):
             aliases = self.aliases(ref.name)
             if ref.version not in aliases:
                 raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r} in {self}: {did_you_mean(ref.version, aliases)}")
             ref = Ref(ref.name, aliases[ref.version])
-        if ref.version not in versions:
+        if not self.place.has(ref):
             if (stone := self.place.tombstone(ref)) is not None:
                 raise UnknownRef(f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}")
-            raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, versions))}")
+            raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, self.versions(ref.name)))}")
         return ref
 
     def path(self, ref: str | Ref) -> Path:

@@ -72,6 +72,10 @@ class Remote:
         self.files.invalidate_cache()
         return sorted(ref.number for ref in self._holding(CARD_FILE, name, depth=2) if ref.name == name)
 
+    def newest(self, name: str) -> int | None:
+        """See `Place`."""
+        return max(self.versions(name), default=None)
+
     def has(self, ref: Ref) -> bool:
         """See `Place`."""
         return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
