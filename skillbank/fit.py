@@ -7,7 +7,6 @@ last two), so a run that was killed anywhere and is started again gives the same
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import time
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from skillbank.model import Batch, Batches
 from skillbank.tensors import load_tensors, save_tensors
 
-__all__ = ["Fit", "fit", "run_folder", "validation_loss"]
+__all__ = ["Fit", "fit", "validation_loss"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
@@ -172,12 +171,6 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0
     if not rows:
         raise ValueError("there are no held-out batches: set aside some examples (for control tasks: held_out=...)")
     return total / rows
-
-
-def run_folder(kind: str, name: str, made_from: object) -> Path:
-    """Folder of a run under `runs/`: the same command finds the same folder again and resumes, any other gets a new one."""
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-    return Path("runs") / kind / name / key[:10]
 
 
 class _State:

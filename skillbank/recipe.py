@@ -5,6 +5,8 @@ A configuration is the resolved content of conf/train.yaml or conf/compose.yaml;
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from skillbank.attach import attach, fold, fresh, read
 from skillbank.bank import Bank, Base, Card, Composition, Ref
 from skillbank.bank.card import tool_versions
-from skillbank.fit import Fit, fit, run_folder, validation_loss
+from skillbank.fit import Fit, fit, validation_loss
 from skillbank.gate import Composed, MLPGate
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
@@ -223,7 +225,10 @@ def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, fol
 
 
 def _folder(kind: str, name: str, conf: Conf, keys: Sequence[str], bank: Bank, made_from: Sequence[str], task: Task) -> Path:
-    return run_folder(kind, name, [{key: conf.get(key) for key in keys}, [bank.card(ref).hash for ref in made_from], task.data])
+    """Folder of a run under runs/: the same command finds the same folder again and resumes, any other gets a new one."""
+    everything = [{key: conf.get(key) for key in keys}, [bank.card(ref).hash for ref in made_from], task.data]
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+    return Path("runs") / kind / name / key[:10]
 
 
 def _task(conf: Conf) -> Task:
