@@ -39,10 +39,10 @@ NAMES = 10
 """Versions per name."""
 
 
-def skill(seed: int, width: int = 8, modules: int = 2) -> sb.Skill:
-    """A skill of rank 8 on square layers."""
+def skill(seed: int, width: int = 8, rank: int = 8, modules: int = 2) -> sb.Skill:
+    """A skill on square layers."""
     generator = torch.Generator().manual_seed(seed)
-    return sb.Skill({f"m{i}": (torch.randn(8, width, generator=generator), torch.randn(width, 8, generator=generator)) for i in range(modules)})
+    return sb.Skill({f"m{i}": (torch.randn(rank, width, generator=generator), torch.randn(width, rank, generator=generator)) for i in range(modules)})
 
 
 def median_ms(run: Callable[[], object], repeats: int = 9) -> float:
@@ -114,10 +114,10 @@ def growth(size: int, folder: Path) -> dict[str, float]:
     return found
 
 
-def reading(width: int, folder: Path) -> dict[str, float]:
-    """Get beside safe_open, and put beside writing, flushing and hashing, for a skill of 16 modules of this width."""
+def reading(width: int, rank: int, folder: Path) -> dict[str, float]:
+    """Get beside safe_open, and put beside writing, flushing and hashing, for a skill of 16 modules of this size."""
     bank = sb.Bank(folder / f"width-{width}")
-    thing = skill(1, width, modules=16)
+    thing = skill(1, width, rank, modules=16)
     ref = bank.put(thing, "skill")
     path = bank.path(ref) / "adapter_model.safetensors"
     time.sleep(2.1)
@@ -147,7 +147,7 @@ def reading(width: int, folder: Path) -> dict[str, float]:
         hashlib.sha256(data).hexdigest()
         target.unlink()
 
-    skills = iter([skill(10 + i, width, modules=16) for i in range(8)])
+    skills = iter([skill(10 + i, width, rank, modules=16) for i in range(8)])
     repeats = 5
     row = {
         "MB": len(data) / 1e6,
@@ -183,7 +183,6 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 10_000, 100_000])
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--quick", action="store_true", help="a small bank; stores nothing")
     parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -192,7 +191,7 @@ def main() -> None:
         print(tables([json.loads(line) for line in RESULTS.read_text().splitlines()]))
         return
     torch.set_num_threads(1)
-    sizes, widths = ([60], [64]) if options.quick else (options.sizes, options.widths)
+    sizes, shapes = ([60], [(64, 8)]) if options.quick else (options.sizes, [(512, 8), (4096, 8), (8192, 64)])
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -202,8 +201,8 @@ def main() -> None:
         os.environ["SKILLBANK_CACHE"] = f"{folder}/cache"
         for size in sizes:
             rows.append({"table": "growth", "values": {"versions": size, **growth(size, Path(folder))}, **where})
-        for width in widths:
-            rows.append({"table": "bytes", "values": {"width": width, **reading(width, Path(folder))}, **where})
+        for width, rank in shapes:
+            rows.append({"table": "bytes", "values": {"width": width, "rank": rank, **reading(width, rank, Path(folder))}, **where})
     print(tables(rows))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
     if not options.quick:

@@ -16,6 +16,7 @@ BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_every_example_of_the_bank_page(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "adapters", tmp_path / "adapters")
+    (tmp_path / "demos").symlink_to(ROOT / "demos")
     monkeypatch.chdir(tmp_path)
     names, commands = {}, 0
     for language, code in BLOCK.findall((ROOT / "docs/bank.md").read_text()):
