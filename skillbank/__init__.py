@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from skillbank.certificate import Certificate
     from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
+    from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.load import check_base, load
     from skillbank.merge import merge
@@ -34,6 +35,7 @@ _HOME = {
     "certificate": ["Certificate"],
     "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
+    "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "load": ["check_base", "load"],
     "merge": ["merge"],
@@ -75,6 +77,7 @@ __all__ = [
     "merge",
     "read",
     "read_adapter",
+    "read_lora",
     "rebuild",
     "similar",
     "stack",

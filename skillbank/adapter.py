@@ -22,7 +22,7 @@ from torch import Tensor
 from skillbank.skill import Factor, Skill
 from skillbank.tensors import load_tensors, save_tensors
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_adapter", "unshared", "write_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "folded", "read_adapter", "read_config", "unshared", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -152,6 +152,28 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def folded(factor: Factor, scale: float) -> Factor:
+    """Factors with a scale multiplied into B, exactly: float16 and bfloat16 become float32 where the product would round."""
+    a, b = factor
+    if scale == 1:
+        return a, b
+    product = b * scale
+    if b.dtype in (torch.float16, torch.bfloat16) and not torch.equal(product.float(), b.float() * scale):
+        return a.float(), b.float() * scale
+    return a, product
+
+
+def read_config(path: Path, what: str) -> dict[str, Any]:
+    """Object in a JSON file; a ValueError says of `what` that it is none."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{what}: {path.name} is not a JSON object")
+    return config
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder at {str(folder)!r}: give a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -163,13 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"adapter {str(folder)!r} has no {name}: save it with PEFT's save_pretrained")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"adapter {str(folder)!r}: {CONFIG_FILE} is not a JSON object")
-    return config
+    return read_config(folder / CONFIG_FILE, f"adapter {str(folder)!r}")
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -228,18 +244,12 @@ def _matrix(module: str, a: Tensor, b: Tensor) -> Tensor:
 
 def _fold(module: str, pair: Factor, config: Mapping[str, Any]) -> Factor:
     """Factors with PEFT's scale multiplied into B, exactly."""
-    a, b = pair
+    a = pair[0]
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     if a.dim() < 2 or rank != a.shape[0] or rank < 1:
         raise ValueError(f"module {module!r}: {CONFIG_FILE} says rank {rank}, but A in {WEIGHTS_FILE} is {tuple(a.shape)}")
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if scale == 1:
-        return a, b
-    folded = b * scale
-    if b.dtype in (torch.float16, torch.bfloat16) and not torch.equal(folded.float(), b.float() * scale):
-        return a.float(), b.float() * scale
-    return a, folded
+    return folded(pair, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _pattern(config: Mapping[str, Any], table: str, module: str, default: object) -> float:

@@ -1,16 +1,18 @@
-"""In from PEFT's folders, and out to them or to plain weights with everything folded in."""
+"""In from the folders of PEFT and others, and out to PEFT's or to plain weights with everything folded in."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from skillbank.adapter import CONFIG_FILE, read_adapter, write_adapter
+from skillbank.adapter import folded, write_adapter
 from skillbank.attach import fold
 from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.records import write_payload
+from skillbank.formats import read_lora
 from skillbank.load import build_base, skills_on_base
 from skillbank.merge import merge
 from skillbank.skill import Skill
@@ -18,32 +20,39 @@ from skillbank.skill import Skill
 __all__ = ["export", "import_adapter"]
 
 
-def import_adapter(folder: str | Path, bank: Bank, name: str, *, base: str | None = None, card: Mapping[str, Any] | None = None) -> Ref:
-    """Put a PEFT LoRA adapter into a bank, its scale folded in.
+def import_adapter(
+    folder: str | Path, bank: Bank, name: str, *, base: str | None = None, card: Mapping[str, Any] | None = None, scale: float = 1.0
+) -> Ref:
+    """Put a LoRA adapter of PEFT, of AdapterHub's `adapters` or of mttl into a bank, its scale folded in.
+
+    Signs of a scale that is wrong are in the card's `conf`, under `import.lints`.
 
     Args:
-        folder: what PEFT's `save_pretrained` wrote.
+        folder: what PEFT's `save_pretrained` wrote, or another of the checkpoints that `read_lora` knows by their files.
         bank: where it goes.
         name: the name that it gets.
         base: reference of its base in the bank; without it the card names the base that the adapter's own configuration names.
         card: further fields of the card, see `Bank.put`.
+        scale: multiplies every delta, to make up for a wrong scale.
 
     Returns:
         The exact reference.
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
-        ValueError: an adapter that B @ A cannot represent, or that does not fit the base.
+        ValueError: an adapter that B @ A cannot represent, that is stored as pickle, or that does not fit the base; a scale that is not finite.
 
     """
-    skill = read_adapter(folder)
-    config = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
-    named = config.get("base_model_name_or_path")
-    fields = {"notes": f"Imported from the PEFT adapter {Path(folder).name!r}.", **(card or {})}
-    if base is not None or named:
-        fields["base"] = base if base is not None else {"name": named}
-    options = {"base_name": named, "fan_in_fan_out": bool(config.get("fan_in_fan_out")), "task_type": config.get("task_type")}
-    return bank.put(skill, name, card=fields, adapter=options)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    found = read_lora(folder)
+    skill = Skill({module: folded(factor, scale) for module, factor in found.skill.factors.items()}, found.skill.embeddings)
+    made = {"format": found.format, "scale": scale, "lints": [asdict(lint) for lint in found.lints]}
+    fields = {"notes": f"Imported from the {found.format} adapter {Path(folder).name!r}.", **(card or {})}
+    fields["conf"] = {"import": made, **fields.get("conf", {})}
+    if base is not None or found.base_name:
+        fields["base"] = base if base is not None else {"name": found.base_name}
+    return bank.put(skill, name, card=fields, adapter=found.options)
 
 
 def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) -> Path:
