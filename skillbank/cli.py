@@ -262,9 +262,9 @@ def similar_(
     if json:
         print_json([{**asdict(each), "ref": str(each.ref)} for each in found])
         return
-    table = new_table("ref", "cosine", "size")
+    table = new_table("ref", "cosine", "size", "columns", "rows")
     for each in found:
-        table.add_row(str(each.ref), f"{each.cosine:.3f}", f"{each.size:.3g}")
+        table.add_row(str(each.ref), f"{each.cosine:.3f}", f"{each.size:.3g}", f"{each.columns:.3f}", f"{each.rows:.3f}")
     print_one(table)
 
 

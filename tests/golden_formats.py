@@ -30,8 +30,9 @@ def adapters_checkpoint(name, model, **options):
 
 def adapters():
     """Separate and fused query, key and value; gpt2 stores its weights as (in, out)."""
-    from adapters import BertAdapterModel, GPT2AdapterModel
     from transformers import BertConfig, GPT2Config
+
+    from adapters import BertAdapterModel, GPT2AdapterModel
 
     bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, vocab_size=20, max_position_embeddings=16)
     gpt2 = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16)

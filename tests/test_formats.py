@@ -119,7 +119,7 @@ def test_adapters_tensors_that_are_refused(adapters, key, message):
 
 def test_an_adapters_checkpoint_with_a_head_is_refused(adapters):
     (adapters / "head_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="head_config.json: it carries a prediction head"):
+    with pytest.raises(ValueError, match=r"head_config.json: it carries a prediction head"):
         read_lora(adapters)
 
 
@@ -153,17 +153,17 @@ def test_mttl_files_that_do_not_do(mttl):
     with pytest.raises(ValueError, match=r"lora_a \(1, 1, 6, 3\) holds several skills"):
         read_lora(mttl)
     (mttl / "mttl_weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no mttl_weights.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no mttl_weights.safetensors"):
         read_lora(mttl)
     save_file(tensors, mttl / "mttl_weights.safetensors")
     (mttl / "mttl_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="mttl_config.json has no modifier_config"):
+    with pytest.raises(ValueError, match=r"mttl_config.json has no modifier_config"):
         read_lora(mttl)
     (mttl / "mttl_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="mttl_config.json is not a JSON object"):
+    with pytest.raises(ValueError, match=r"mttl_config.json is not a JSON object"):
         read_lora(mttl)
     (mttl / "mttl_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no mttl_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no mttl_config.json"):
         read_lora(mttl)
 
 

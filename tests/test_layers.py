@@ -20,7 +20,8 @@ FILES = {
 }
 
 ORDER = [
-    *("words", "certificate", "tensors", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load", "exchange", "search"),
+    *("words", "certificate", "tensors", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
+    *("exchange", "search", "artifacts"),
     *("fit", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
