@@ -40,6 +40,11 @@ _KNOWN = frozenset({
     "target_modules", "task_type", "use_rslora", "velora_config",
 })
 # fmt: on
+_REPEATED_GROUP = re.compile(r"\)[*+{]|\\[1-9]|\(\?P=")
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_MOST_STEPS = math.log(1e8)
+_LARGEST = 2**53
+_LONGEST_CONFIG = 16 * 2**20
 _PLAIN_INITS = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 _PLAIN = "train it as plain LoRA"
 _REFUSED = {
@@ -166,7 +171,8 @@ def folded(factor: Factor, scale: float) -> Factor:
 def read_config(path: Path, what: str) -> dict[str, Any]:
     """Object in a JSON file; a ValueError says of `what` that it is none."""
     try:
-        config = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            config = json.loads(file.read(_LONGEST_CONFIG))
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
@@ -247,6 +253,8 @@ def _fold(module: str, pair: Factor, config: Mapping[str, Any]) -> Factor:
     a = pair[0]
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+    if not a.numel() or not b.numel():
+        raise ValueError(f"module {module!r} is empty, A is {tuple(a.shape)} and B {tuple(b.shape)}")
     if a.dim() < 2 or rank != a.shape[0] or rank < 1:
         raise ValueError(f"module {module!r}: {CONFIG_FILE} says rank {rank}, but A in {WEIGHTS_FILE} is {tuple(a.shape)}")
     return folded(pair, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
@@ -259,16 +267,28 @@ def _pattern(config: Mapping[str, Any], table: str, module: str, default: object
     if not isinstance(patterns, dict):
         raise ValueError(f"{table}={patterns!r} must map patterns to numbers")
     for pattern, each in patterns.items():
+        if _steps(pattern, len(module)) > _MOST_STEPS:
+            raise ValueError(f"{table} key {pattern!r:.200} may take for ever to match: name the modules, or repeat less in it")
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{table} key {pattern!r} is no regular expression: {error}") from None
         if found:
             value = each
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{table} gives {value!r} for module {module!r}: it must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{table} gives {value!r:.200} for module {module!r}: it must be a number")
     return value
+
+
+def _steps(pattern: str, length: int) -> float:
+    """Logarithm of how often a regular expression may go back in a text of this length, from above; no end where what is repeated repeats."""
+    if _REPEATED_GROUP.search(pattern):
+        return math.inf
+    ends = len(_REPEAT.findall(pattern)) + 1
+    ways = math.lgamma(length + ends + 1) - math.lgamma(ends + 1) - math.lgamma(length + 1)
+    groups = pattern.count("(") + 1
+    return ways + math.log(2) * pattern.count("?") + groups * math.log1p(pattern.count("|") / groups)
 
 
 def _targets(skill: Skill) -> list[str] | str:

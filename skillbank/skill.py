@@ -23,6 +23,7 @@ from skillbank.certificate import Certificate
 
 __all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "distance", "gram", "stack", "truncate"]
 
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Factor = tuple[Tensor, Tensor]
 """(A, B) of one module: A (R, I, *kernel), B (O, R)."""
 
@@ -49,7 +50,7 @@ class Skill:
         finite: all entries are known to be finite, so that they are not looked at.
 
     Raises:
-        ValueError: no modules, shapes that do not multiply, a dtype that is not floating point, or an entry that is not finite.
+        ValueError: no modules, shapes that do not multiply, a dtype that is not 16, 32 or 64 bits of floating point, or an entry that is not finite.
 
     """
 
@@ -64,8 +65,8 @@ class Skill:
         for name, (a, b) in self.factors.items():
             if a.dim() < 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(f"factor {name!r}: A must be (R, I) and B (O, R), got A {tuple(a.shape)} and B {tuple(b.shape)}")
-            if not (a.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"factor {name!r} must be floating point, got A {a.dtype} and B {b.dtype}")
+            if not {a.dtype, b.dtype} <= _DTYPES:
+                raise ValueError(f"factor {name!r} must be 16, 32 or 64 bits of floating point, got A {a.dtype} and B {b.dtype}")
             if not (finite or (_finite(a) and _finite(b))):
                 raise ValueError(f"factor {name!r} holds NaN or infinite entries: the adapter is damaged or its training diverged")
         unknown = self.embeddings - set(self.factors)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +25,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, 
         save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, beside, dict(notes) if notes else None)
         beside.chmod(mode)
         os.replace(beside, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"cannot be written: {error}", str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -38,6 +44,22 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check_header(path)
+            return tensors, file.metadata() or {}
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _check_header(path: Path) -> None:
+    """Check that every name is there once, which safetensors does not ask."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    json.loads(header, object_pairs_hook=lambda pairs: _once(path, pairs))
+
+
+def _once(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"{path} has a name in its header twice: {[name for name, _ in pairs][:20]}")
+    return found
