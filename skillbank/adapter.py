@@ -250,7 +250,7 @@ def _matrix(module: str, a: Tensor, b: Tensor) -> Tensor:
 
 def _fold(module: str, pair: Factor, config: Mapping[str, Any]) -> Factor:
     """Factors with PEFT's scale multiplied into B, exactly."""
-    a = pair[0]
+    a, b = pair
     rank = _pattern(config, "rank_pattern", module, config.get("r", 8))
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     if not a.numel() or not b.numel():

@@ -148,6 +148,12 @@ def test_no_files_pickles_and_twins(tmp_path):
         sb.Checkpoint.scan(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["repo", "revision", "files", "weights"])
+def test_fields_of_other_types(folder, field):
+    with pytest.raises(ValueError, match="a checkpoint is a repo, a revision, files with sha256 and size"):
+        sb.Checkpoint(**{**vars(sb.Checkpoint.scan(folder)), field: {"a": 1}})
+
+
 def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["skillbank", "base", str(folder), "gpt2", "--bank", str(tmp_path / "bank")])
     with pytest.raises(SystemExit, match="0"):

@@ -86,10 +86,25 @@ def test_aliases_of_the_first_format_are_read_and_kept(bank):
     assert unseal(path.read_bytes())["format"] == 2
 
 
-@pytest.mark.parametrize("body", [{"format": 3, "moves": []}, {"format": 2, "moves": [{"alias": "a"}]}, {"format": 2, "moves": [["best", 1]]}])
-def test_aliases_of_another_format_are_refused(bank, body):
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"format": 3, "moves": []}, "has format 3, this skillbank reads up to 2"),
+        ({"format": 2, "moves": {}}, "has format 2, this skillbank reads up to 2"),
+        ({"format": 2, "moves": [{"alias": "a"}]}, "has the move {'alias': 'a'}, which is none of an alias to a version"),
+        ({"format": 2, "moves": [["best", 1]]}, r"has the move \['best', 1\]"),
+        ({"format": 2, "moves": [{"alias": "../a", "version": 1, "protected": False, "when": ""}]}, r"has the move {'alias': '../a'"),
+        (
+            {"format": 2, "moves": [{"alias": "a", "version": -1, "protected": False, "when": ""}]},
+            r"has the move {'alias': 'a', 'protected': False, 'version': -1",
+        ),
+        ({"format": 1, "aliases": {"a": "1"}}, r"has the move {'alias': 'a', 'version': '1'"),
+        ({"format": 1, "aliases": {"a\x1b[2J": 1}}, r"has the move {'alias': 'a\\x1b\[2J'"),
+    ],
+)
+def test_aliases_that_are_none_are_refused(bank, body, message):
     (bank.root / "walker/walk/aliases.json").write_bytes(seal(body))
-    with pytest.raises(ValueError, match=r"walker/walk: aliases.json has format \d, this skillbank reads up to 2"):
+    with pytest.raises(ValueError, match=f"walker/walk: aliases.json {message}"):
         bank.aliases("walker/walk")
 
 

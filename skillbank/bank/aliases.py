@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from skillbank.bank.refs import check_alias
-from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
+from skillbank.bank.refs import check_alias, is_alias, is_exact
+from skillbank.bank.sealed import fsync, locked, read_plain, rename, seal, unseal, write_new
 
 __all__ = ["ALIASES_FILE", "ANY", "Expected", "Move", "join", "move", "parse_moves", "read_moves", "table", "take", "to_bytes"]
 
@@ -50,7 +50,7 @@ def read_moves(folder: Path) -> list[Move]:
 
     """
     try:
-        return parse_moves((folder / ALIASES_FILE).read_bytes())
+        return parse_moves(read_plain(folder / ALIASES_FILE))
     except FileNotFoundError:
         return []
 
@@ -58,13 +58,15 @@ def read_moves(folder: Path) -> list[Move]:
 def parse_moves(data: bytes) -> list[Move]:
     """Moves in the bytes of an alias file; a ValueError says what is wrong with them."""
     body = unseal(data)
+    moves = body.get("moves")
     if body.get("format") == 1 and isinstance(body.get("aliases"), dict):
-        moves = [Move(alias, version) for alias, version in sorted(body["aliases"].items())]
-    elif body.get("format") == FORMAT and isinstance(body.get("moves"), list) and all(_is_move(each) for each in body["moves"]):
-        moves = [Move(**each) for each in body["moves"]]
-    else:
+        moves = [asdict(Move(alias, version)) for alias, version in sorted(body["aliases"].items())]
+    elif body.get("format") != FORMAT or not isinstance(moves, list):
         raise ValueError(f"has format {body.get('format')!r}, this skillbank reads up to {FORMAT}: update skillbank")
-    return moves
+    for each in moves:
+        if not _is_move(each):
+            raise ValueError(f"has the move {each!r:.200}, which is none of an alias to a version")
+    return [Move(**each) for each in moves]
 
 
 def table(moves: Sequence[Move]) -> dict[str, Move]:
@@ -134,7 +136,7 @@ def _write(folder: Path, moves: Sequence[Move]) -> None:
     try:
         write_new(temporary, to_bytes(moves))
         fsync(temporary)
-        temporary.replace(folder / ALIASES_FILE)
+        rename(temporary, folder / ALIASES_FILE)
     finally:
         temporary.unlink(missing_ok=True)
     fsync(folder)
@@ -146,4 +148,6 @@ def _place(version: Expected) -> str:
 
 def _is_move(entry: Any) -> bool:
     kinds = {"alias": str, "version": int | None, "protected": bool, "when": str}
-    return isinstance(entry, dict) and set(entry) == set(kinds) and all(isinstance(entry[key], kind) for key, kind in kinds.items())
+    if not isinstance(entry, dict) or set(entry) != set(kinds) or not all(isinstance(entry[key], kind) for key, kind in kinds.items()):
+        return False
+    return is_alias(entry["alias"]) and (entry["version"] is None or is_exact(f"{entry['alias']}@{entry['version']}"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypedDict
 
+from skillbank.bank.refs import is_exact
 from skillbank.bank.sealed import canonical, seal, unseal
 from skillbank.words import did_you_mean
 
@@ -85,10 +86,15 @@ class Card:
         return "" if self.base is None else self.base["ref"] or self.base["name"] or ""
 
     @property
+    def links(self) -> list[tuple[str, str]]:
+        """Reference and content hash of what it needs in the same bank: of the base, then of every parent."""
+        base = [(self.base["ref"], str(self.base["hash"]))] if self.base is not None and self.base["ref"] is not None else []
+        return [*base, *((parent["ref"], parent["hash"]) for parent in self.parents)]
+
+    @property
     def stands_on(self) -> tuple[str, ...]:
         """References in the same bank that this version needs: the base, then the parents, each once."""
-        links = (self.base, *self.parents)
-        return tuple(dict.fromkeys(link["ref"] for link in links if link is not None and link["ref"] is not None))
+        return tuple(dict.fromkeys(ref for ref, _ in self.links))
 
     def to_bytes(self) -> bytes:
         """Sealed canonical JSON; `from_bytes` is its inverse."""
@@ -113,13 +119,24 @@ class Card:
             raise ValueError(f"has a value of the wrong type in {wrong or ['kind']}")
         if not all(_is_entry(name, entry) for name, entry in body["files"].items()):
             raise ValueError("has an entry in files that is no plain file name with its sha256 and size")
+        needed, allowed = _FILES[body["kind"]]
+        if not needed <= set(body["files"]) <= needed | allowed:
+            raise ValueError(f"names the files {sorted(body['files'])}, a {body['kind']} has {sorted(needed)} and may have {sorted(allowed)}")
         if body["base"] is not None and not _is_link(body["base"], BaseLink, ()):
             raise ValueError("has a base that is no ref, hash, name and fingerprint")
         if not all(_is_link(parent, Parent, ("ref", "hash")) for parent in body["parents"]):
             raise ValueError("has a parent that is no ref, hash and weight")
+        if not all(isinstance(text, str) for text in (*body["tags"], *body["tools"].values())):
+            raise ValueError("has a tag or a tool's version that is no text")
         return cls(**{**body, "parents": tuple(body["parents"]), "tags": tuple(body["tags"])})
 
 
+_FILES: Mapping[str, tuple[set[str], set[str]]] = {
+    "base": ({"model.json", "model.safetensors"}, {README_FILE}),
+    "skill": ({"adapter_config.json", "adapter_model.safetensors"}, {README_FILE}),
+    "composition": ({"composition.json"}, {"gate.safetensors", README_FILE}),
+}
+"""Files that a version has beside its card, by kind, and those that it may have."""
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "kind": str,
     "hash": str,
@@ -156,7 +173,8 @@ def _is_link(link: object, form: type, needed: Iterable[str]) -> bool:
     if not isinstance(link, dict) or set(link) != set(form.__annotations__):
         return False
     text = all(value is None or isinstance(value, str) for key, value in link.items() if key != "weight")
-    return text and all(link[key] for key in needed) and isinstance(link.get("weight"), int | float | None)
+    exact = text and (link["ref"] is None or is_exact(link["ref"]))
+    return exact and all(link[key] for key in needed) and isinstance(link.get("weight"), int | float | None)
 
 
 def _is_entry(name: str, entry: object) -> bool:

@@ -34,12 +34,22 @@ class Checkpoint:
         files: `{name: {"sha256", "size"}}` of its safetensors files.
         weights: `{tensor name: SHA-256 over dtype, shape and bytes}`, from which the fingerprint of any skill's base follows.
 
+    Raises:
+        ValueError: fields of other types.
+
     """
 
     repo: str
     revision: str | None
     files: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        entries = self.files.values() if isinstance(self.files, Mapping) else [None]
+        plain = all(isinstance(each, Mapping) and set(each) == {"sha256", "size"} for each in entries)
+        named = isinstance(self.weights, Mapping) and all(isinstance(each, str) for each in self.weights.values())
+        if not (plain and named and isinstance(self.repo, str) and isinstance(self.revision, str | None)):
+            raise ValueError("a checkpoint is a repo, a revision, files with sha256 and size, and a digest per weight: make one with Checkpoint.scan")
 
     @classmethod
     def scan(cls, folder: str | Path, *, repo: str | None = None, revision: str | None = None, workers: int | None = None) -> Checkpoint:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from skillbank.bank.aliases import Move, read_moves
 from skillbank.bank.card import CARD_FILE
 from skillbank.bank.index import Entry, entries, trust, trusted, with_content
-from skillbank.bank.layout import TOMBSTONE_FILE, is_version, numbers, scan
-from skillbank.bank.refs import Ref, parse_version
+from skillbank.bank.layout import TOMBSTONE_FILE, below, is_linked, is_version, numbers, scan, strays
+from skillbank.bank.refs import Ref, is_name, parse_version
 from skillbank.bank.removal import tombstone
+from skillbank.bank.sealed import read_plain
 
 __all__ = ["Folder", "Place"]
 
@@ -59,6 +60,10 @@ class Place(Protocol):
         """Versions that were removed."""
         ...
 
+    def strays(self) -> list[tuple[str, str, str]]:
+        """What looks like versions or names and is neither: the name that it lies under, what it is called, and why."""
+        ...
+
     def folder(self, ref: Ref) -> Path:
         """Folder of a version on this machine."""
         ...
@@ -100,7 +105,7 @@ class Folder:
     def versions(self, name: str) -> list[int]:
         """See `Place`."""
         try:
-            return scan(self.root / name).versions
+            return [] if is_linked(self.root, name) else scan(self.root / name).versions
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -113,7 +118,7 @@ class Folder:
 
     def has(self, ref: Ref) -> bool:
         """See `Place`."""
-        return is_version(self.folder(ref))
+        return is_version(self.folder(ref)) and not is_linked(self.root, ref.name)
 
     def entries(self, *, cards: bool = False) -> list[Entry]:
         """See `Place`."""
@@ -126,7 +131,7 @@ class Folder:
 
     def card(self, ref: Ref) -> bytes:
         """See `Place`."""
-        return (self.folder(ref) / CARD_FILE).read_bytes()
+        return read_plain(self.folder(ref) / CARD_FILE)
 
     def moves(self, name: str) -> list[Move]:
         """See `Place`."""
@@ -140,7 +145,12 @@ class Folder:
         """See `Place`."""
         found = (path.parent.relative_to(self.root) for path in self.root.rglob(TOMBSTONE_FILE))
         numbers = ((each, parse_version(each.name)) for each in found if not any(part.startswith(".") for part in each.parts))
-        return sorted((Ref(each.parent.as_posix(), number) for each, number in numbers if number is not None), key=str)
+        found_refs = ((each.parent.as_posix(), number) for each, number in numbers if number is not None)
+        return sorted((Ref(name, number) for name, number in found_refs if is_name(name)), key=str)
+
+    def strays(self) -> list[tuple[str, str, str]]:
+        """See `Place`."""
+        return list(strays(self.root))
 
     def folder(self, ref: Ref) -> Path:
         """See `Place`."""
@@ -162,5 +172,5 @@ class Folder:
         found = scan(self.root / name)
         if name and found.versions:
             yield name, found.versions
-        for each in found.deeper:
-            yield from self._walk(f"{name}/{each}" if name else each)
+        for each in below(name, found.deeper):
+            yield from self._walk(each)

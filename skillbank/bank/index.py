@@ -19,21 +19,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from skillbank.bank.card import CARD_FILE, Card
-from skillbank.bank.layout import scan
+from skillbank.bank.layout import below, scan
 from skillbank.bank.refs import Ref
+from skillbank.bank.sealed import read_plain
 
 __all__ = ["CACHE", "Entry", "cache_folder", "entries", "trust", "trusted", "with_content"]
 
 T = TypeVar("T")
 
 CACHE = "SKILLBANK_CACHE"
-_FORMAT = 2
+_FORMAT = 3
 _SETTLED = 2 * 10**9
 """Nanoseconds after which a time stamp is believed: within them a folder can change once more and keep it."""
 _UNUSED = 30 * 86400
 """Seconds."""
 _TRUSTED: dict[tuple[Path, str], str] = {}
 """What this process has looked up of `trust`: stamps by bank and version."""
+_LOOKED_AT: dict[tuple[Path, str], str] = {}
+"""Stamps of versions that are being read, from before their first byte was."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS folder (path TEXT PRIMARY KEY, stamp TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS version (
@@ -72,11 +75,11 @@ class Entry(_Fields):
     """
 
     @classmethod
-    def of(cls, ref: Ref, data: bytes | None, read: Callable[[Ref], bytes]) -> Entry:
-        """Entry of a version by its card's bytes, None where it has none."""
+    def of(cls, ref: Ref, data: bytes | None, read: Callable[[Ref], bytes], problem: str = "is missing") -> Entry:
+        """Entry of a version by its card's bytes, None where it has none because of a problem."""
         try:
             if data is None:
-                raise ValueError("is missing")
+                raise ValueError(problem)
             card = Card.from_bytes(data)
         except ValueError as error:
             return cls(ref.name, ref.number, "", "", "", f"{ref}: {CARD_FILE} {error}", read, None)
@@ -121,15 +124,16 @@ def trusted(root: Path, folder: Path) -> bool:
         return True
     question = ("SELECT stamp FROM checked WHERE path = ? AND stamp = ?", (key, stamp))
     if not settled or not _with_file(root, lambda file: file.execute(*question).fetchall()):
+        _LOOKED_AT[root, key] = stamp if settled else ""
         return False
     _TRUSTED[root, key] = stamp
     return True
 
 
 def trust(root: Path, folder: Path) -> None:
-    """Remember that every byte of a version was checked, unless a file was changed so lately that it could change once more unseen."""
-    key, stamp, settled = str(folder.relative_to(root)), *_version_stamp(folder)
-    if settled:
+    """Remember that every byte of a version was checked since `trusted` was asked, unless it was changed then or shortly before."""
+    key, (stamp, _) = str(folder.relative_to(root)), _version_stamp(folder)
+    if _LOOKED_AT.pop((root, key), "") == stamp:
         _TRUSTED[root, key] = stamp
         _with_file(root, lambda file: file.execute("INSERT OR REPLACE INTO checked VALUES (?, ?)", (key, stamp)).fetchall())
 
@@ -224,13 +228,13 @@ def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: str) -> tupl
         folder = root / name / str(number)
         now = _stamp(os.stat(folder))
         if known.get(number) != now:
-            data = _read(folder / CARD_FILE)
-            made = Entry.of(Ref(name, number), data, lambda _: b"")
+            data, problem = _read(folder / CARD_FILE)
+            made = Entry.of(Ref(name, number), data, lambda _: b"", problem)
             changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*made[:6], _sum(*made[:6]), now)))
             changes.append(("INSERT OR REPLACE INTO card VALUES (?, ?, ?, ?)", (name, number, data or b"", zlib.crc32(data or b""))))
             trusted &= not made.problem
     changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, stamp if trusted else "")))
-    return [f"{name}/{each}" if name else each for each in deeper], changes
+    return below(name, deeper), changes
 
 
 def _sum(name: str, number: int, kind: str, base: str, content: str, problem: str) -> int:
@@ -254,8 +258,8 @@ _Change = tuple[str, tuple[object, ...]]
 
 
 def _stamp(folder: os.stat_result) -> str:
-    """What a folder looks like from outside."""
-    return f"{folder.st_ino}:{folder.st_mtime_ns}"
+    """What a folder looks like from outside; where the clock ran backwards, the number of folders in it still tells."""
+    return f"{folder.st_ino}:{folder.st_mtime_ns}:{folder.st_ctime_ns}:{folder.st_nlink}:{folder.st_size}"
 
 
 def _version_stamp(folder: Path) -> tuple[str, bool]:
@@ -266,8 +270,11 @@ def _version_stamp(folder: Path) -> tuple[str, bool]:
     return stamp, time.time_ns() - last >= _SETTLED
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Path) -> tuple[bytes | None, str]:
+    """Bytes of a card, or why there are none."""
     try:
-        return path.read_bytes()
+        return read_plain(path), ""
     except FileNotFoundError:
-        return None
+        return None, "is missing"
+    except ValueError as error:
+        return None, str(error)

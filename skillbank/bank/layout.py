@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from skillbank.bank.card import CARD_FILE
-from skillbank.bank.refs import parse_version
+from skillbank.bank.refs import is_name, parse_version
 
-__all__ = ["PARTIAL_FILE", "TEMPORARY", "TOMBSTONE_FILE", "Listing", "is_version", "numbers", "scan"]
+__all__ = ["PARTIAL_FILE", "TEMPORARY", "TOMBSTONE_FILE", "Listing", "below", "is_linked", "is_version", "numbers", "scan", "strays"]
 
 TEMPORARY = ".tmp-"
 PARTIAL_FILE = ".partial"
@@ -59,6 +60,32 @@ def is_version(folder: str | Path) -> bool:
         return not os.path.islink(folder) and _is_whole(_names(folder))
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def below(name: str, deeper: list[str]) -> list[str]:
+    """Names that folders in the folder of a name lead to; the root has no name."""
+    return [each for each in (f"{name}/{last}" if name else last for last in deeper) if is_name(each)]
+
+
+def is_linked(root: Path, name: str) -> bool:
+    """Whether a link stands on the way to the folder of a name."""
+    parts = name.split("/")
+    return any(os.path.islink(root.joinpath(*parts[:count])) for count in range(1, len(parts) + 1))
+
+
+def strays(root: Path) -> Iterator[tuple[str, str, str]]:
+    """What looks like versions or names and is neither, as the name of the folder that it lies in, what it is called, and why."""
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        found = scan(root / name)
+        waiting += (deeper := below(name, found.deeper))
+        for entry in os.scandir(root / name):
+            full = f"{name}/{entry.name}" if name else entry.name
+            if entry.is_symlink() and not entry.name.startswith(".") and entry.is_dir():
+                yield name, entry.name, "is a link: what is behind it is not read"
+            elif entry.name in found.deeper and full not in deeper and any(scan(here).versions for here, _, _ in os.walk(entry.path)):
+                yield name, entry.name, "is no name, so that no reference leads to the versions in it: rename the folder"
 
 
 def _names(folder: str | Path) -> set[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import BaseLink, Card, Parent
@@ -12,7 +13,20 @@ from skillbank.bank.refs import Ref
 if TYPE_CHECKING:
     from skillbank.bank.reader import BankReader
 
-__all__ = ["common_base", "lineage", "links", "recompute_fingerprint"]
+__all__ = ["Circle", "common_base", "lineage", "links", "order", "recompute_fingerprint"]
+
+
+class Circle(ValueError):  # noqa: N818
+    """A version stands on itself, which only a forged card can say.
+
+    Args:
+        refs: the way from it back to it.
+
+    """
+
+    def __init__(self, refs: Sequence[str]) -> None:
+        super().__init__(f"{refs[0]} stands on itself ({' on '.join(refs)}): one of their cards is forged, take it away")
+        self.refs = refs
 
 
 def links(bank: BankReader, thing: Thing, base: Any, parents: Iterable[Any]) -> tuple[Thing, BaseLink | None, tuple[Parent, ...]]:
@@ -58,13 +72,43 @@ def common_base(bank: BankReader, refs: Iterable[str | Ref]) -> Ref:
     return Ref.parse(next(iter(found.values())))
 
 
-def lineage(bank: BankReader, ref: str | Ref, weight: float | None = None) -> dict[str, Any]:
+def order(refs: Iterable[str | Ref], stands_on: Callable[[str], Iterable[str]]) -> list[str]:
+    """Exact references and all that they stand on, which comes first.
+
+    Raises:
+        Circle: a version stands on itself.
+
+    """
+    graph: dict[str, tuple[str, ...]] = {}
+    waiting = [str(ref) for ref in refs][::-1]
+    while waiting:
+        ref = waiting.pop()
+        if ref not in graph:
+            graph[ref] = tuple(stands_on(ref))
+            waiting += reversed(graph[ref])
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise Circle(error.args[1]) from None
+
+
+def lineage(bank: BankReader, ref: str | Ref) -> dict[str, Any]:
     """Where a version comes from, see `Bank.lineage`."""
-    exact = bank.resolve(ref)
-    card = bank.card(exact)
-    base = None if card.base is None or card.base["ref"] is None else lineage(bank, card.base["ref"])
-    parents = [lineage(bank, parent["ref"], parent["weight"]) for parent in card.parents]
-    return {"ref": str(exact), "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
+    exact = str(bank.resolve(ref))
+    cards: dict[str, Card] = {}
+
+    def stands_on(ref: str) -> tuple[str, ...]:
+        cards[ref] = bank.card(ref)
+        return cards[ref].stands_on
+
+    def tree(ref: str, weight: float | None = None) -> dict[str, Any]:
+        card = cards[ref]
+        base = None if card.base is None or card.base["ref"] is None else tree(card.base["ref"])
+        parents = [tree(parent["ref"], parent["weight"]) for parent in card.parents]
+        return {"ref": ref, "kind": card.kind, "hash": card.hash, "weight": weight, "base": base, "parents": parents}
+
+    order([exact], stands_on)
+    return tree(exact)
 
 
 def recompute_fingerprint(bank: BankReader, ref: Ref, card: Card) -> str:

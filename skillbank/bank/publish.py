@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
-from skillbank.bank.layout import TEMPORARY, numbers
+from skillbank.bank.layout import TEMPORARY, is_linked, numbers
 from skillbank.bank.refs import Ref
-from skillbank.bank.sealed import file_digest, fsync, locked, write_new
+from skillbank.bank.sealed import file_digest, fsync, locked, made, rename, write_new
 
 if TYPE_CHECKING:
+    from skillbank.bank.index import Entry
     from skillbank.bank.store import Bank
 
 __all__ = ["arrive", "file_entry", "lock_of", "publish", "same_version", "temporary"]
@@ -32,7 +33,7 @@ _FLUSHES = 4
 @contextmanager
 def temporary(root: Path) -> Iterator[Path]:
     """An empty hidden folder in a bank, gone after the block; while its lock is held, `gc` leaves it alone."""
-    root.mkdir(parents=True, exist_ok=True)
+    made(root)
     folder = root / f"{TEMPORARY}{uuid.uuid4().hex}"
     lock = lock_of(folder)
     with locked(lock):
@@ -61,17 +62,16 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
     write_new(folder / CARD_FILE, data := card.to_bytes())
     Card.from_bytes(data)
     _flush(folder)
-    parent = bank.root / name
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = _home(bank.root, name)
     number = 0
     while True:
         taken = _last_taken(parent)  # before the search for equals: what comes in between makes the rename fail
         for other in bank.place.with_content(card.hash, name):
-            if (other.kind, other.card.base) == (card.kind, card.base):
+            if _is_same(bank, other, card):
                 return other.ref
         number = max(number, taken) + 1
         try:
-            folder.rename(parent / str(number))
+            rename(folder, parent / str(number))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -88,10 +88,9 @@ def arrive(root: Path, folder: Path, ref: Ref) -> None:
 
     """
     _flush(folder)
-    target = root / ref.name / str(ref.number)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _home(root, ref.name) / str(ref.number)
     try:
-        folder.rename(target)
+        rename(folder, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -110,6 +109,21 @@ def _flush(folder: Path) -> None:
     with ThreadPoolExecutor(_FLUSHES) as pool:
         list(pool.map(fsync, sorted(folder.iterdir())))
     fsync(folder)
+
+
+def _home(root: Path, name: str) -> Path:
+    """Folder of a name, made where there is none."""
+    if is_linked(root, name):
+        raise ValueError(f"{name!r} lies behind a link in the bank {str(root)!r}, where nothing is read or written: put a folder in its place")
+    return made(root / name)
+
+
+def _is_same(bank: Bank, other: Entry, card: Card) -> bool:
+    """Whether a version of the same content is of the same kind and base; one that was removed meanwhile, or whose card is damaged, is not."""
+    try:
+        return other.kind == card.kind and bank.card(other.ref).base == card.base
+    except (ValueError, KeyError):
+        return False
 
 
 def _last_taken(parent: Path) -> int:

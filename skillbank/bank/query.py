@@ -58,13 +58,13 @@ class Where:
             return cls(match["field"], match["sign"], value)
 
     def __call__(self, card: Card | Mapping[str, Any]) -> bool:
-        """Whether a card, or the fields of one, fulfil it; one without the field does not, and neither does a number compared with a text."""
+        """Whether a card, or the fields of one, fulfil it; one without the field does not, and neither does one of another type."""
         found = field(card, self.field)
         if found is None:
             return False
         if self.sign == "~":
             return _SIGNS["~"](found, f"{self.value:g}" if isinstance(self.value, float) else self.value)
-        alike = isinstance(found, int | float) == isinstance(self.value, float)
+        alike = isinstance(found, int | float if isinstance(self.value, float) else str)
         return _SIGNS[self.sign](found, self.value) if alike else self.sign == "!="
 
 

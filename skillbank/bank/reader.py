@@ -18,6 +18,7 @@ from skillbank.bank.aliases import ALIASES_FILE, Move, table
 from skillbank.bank.card import CARD_FILE, KINDS, Card
 from skillbank.bank.folder import Folder, Place
 from skillbank.bank.index import Entry
+from skillbank.bank.layout import TOMBSTONE_FILE
 from skillbank.bank.links import common_base, lineage
 from skillbank.bank.query import Where
 from skillbank.bank.records import Thing, read_payload
@@ -115,7 +116,11 @@ class BankReader:
                 raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r} in {self}: {did_you_mean(ref.version, aliases)}")
             ref = Ref(ref.name, aliases[ref.version])
         if not self.place.has(ref):
-            if (stone := self.place.tombstone(ref)) is not None:
+            try:
+                stone = self.place.tombstone(ref)
+            except ValueError as error:
+                raise ValueError(f"{ref}: {TOMBSTONE_FILE} {error}") from None
+            if stone is not None:
                 raise UnknownRef(f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}")
             raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, self.versions(ref.name)))}")
         return ref
@@ -197,14 +202,24 @@ class BankReader:
         from skillbank.bank.verify import check_files, check_links
 
         ref = self.resolve(ref)
-        card, folder, trusted = self._card(ref), self.place.folder(ref), self.place.trusted(ref)
-        problems = [*check_files(folder, ref, card, trusted=trusted), *check_links(self, ref, card, missing=card.kind == "composition")]
-        if problems:
-            raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
-        thing = read_payload(card.kind, folder, trusted=trusted)
+        try:
+            card, folder, trusted = self._card(ref), self.place.folder(ref), self.place.trusted(ref)
+            problems = [*check_files(folder, ref, card, trusted=trusted), *check_links(self, ref, card, missing=card.kind == "composition")]
+            if problems:
+                raise ValueError(f"{problems[0]}: restore it from a copy, `skillbank verify` lists all that is wrong")
+            thing = self._read(ref, card, folder, trusted)
+        except (ValueError, FileNotFoundError):
+            self.resolve(ref)  # an UnknownRef where it was removed meanwhile
+            raise
         if not trusted:
             self.place.trust(ref)
         return thing
+
+    def _read(self, ref: Ref, card: Card, folder: Path, trusted: bool) -> Thing:
+        try:
+            return read_payload(card.kind, folder, trusted=trusted, links=card.links)
+        except ValueError as error:
+            raise ValueError(f"{ref}: {error}") from None
 
     def _card(self, ref: Ref) -> Card:
         try:

@@ -7,7 +7,6 @@ elsewhere. `composition`: `composition.json`, and `gate.safetensors` where the g
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from skillbank.bank.checkpoint import Checkpoint
-from skillbank.bank.sealed import canonical, write_new
+from skillbank.bank.sealed import canonical, read_object, write_new
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -94,7 +93,10 @@ class Composition:
     @property
     def weights(self) -> list[float] | None:
         """The weights of a merge, one per skill, where its recipe has them."""
-        return list(self.merge["weights"]) if self.merge is not None and self.merge.get("weights") is not None else None
+        weights = None if self.merge is None else self.merge.get("weights")
+        if weights is not None and (not isinstance(weights, Sequence) or not all(isinstance(each, int | float) for each in weights)):
+            raise ValueError(f"weights={weights!r} are no numbers")
+        return None if weights is None else list(weights)
 
 
 Thing: TypeAlias = "Skill | Base | Checkpoint | Composition"
@@ -205,26 +207,49 @@ def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapte
         write_adapter(thing, folder, **adapter)
 
 
-def read_payload(kind: str, folder: Path, *, trusted: bool = False) -> Thing:
-    """Read what `write_payload` wrote; the caller has checked the hashes of the files, and, where they are `trusted`, has read it before."""
+def read_payload(kind: str, folder: Path, *, trusted: bool = False, links: Sequence[tuple[str, str]] | None = None) -> Thing:
+    """Read what `write_payload` wrote; the caller has checked the hashes of the files.
+
+    Args:
+        kind: `base`, `skill` or `composition`.
+        folder: where it lies.
+        trusted: it was read before.
+        links: what a composition has to name as its base and skills: their references and content hashes.
+
+    Raises:
+        ValueError: it is not what such a version holds; the message names the file.
+
+    """
     from skillbank.adapter import read_adapter
     from skillbank.tensors import load_tensors
 
     if kind == "base" and (folder / CHECKPOINT_FILE).exists():
         return _read_checkpoint(folder)
     if kind == "base":
-        return Base(json.loads((folder / MODEL_FILE).read_bytes()), load_tensors(folder / MODEL_WEIGHTS)[0])
+        return Base(read_object(folder / MODEL_FILE), load_tensors(folder / MODEL_WEIGHTS)[0])
     if kind == "skill":
         return read_adapter(folder, trusted=trusted)
-    body = json.loads((folder / COMPOSITION_FILE).read_bytes())
-    gate = folder / GATE_WEIGHTS
-    skills = tuple(skill["ref"] for skill in body["skills"])
-    return Composition(body["base"]["ref"], skills, body["merge"], body["gate"], load_tensors(gate)[0] if gate.exists() else {})
+    body, gate = read_object(folder / COMPOSITION_FILE), folder / GATE_WEIGHTS
+    named = _named(body)
+    if links is not None and named != list(links):
+        raise ValueError(f"{COMPOSITION_FILE} names {[ref for ref, _ in named]}, but the card {[ref for ref, _ in links]}, or other content of them")
+    refs = [ref for ref, _ in named]
+    return Composition(refs[0], refs[1:], body["merge"], body["gate"], load_tensors(gate)[0] if gate.exists() else {})
+
+
+def _named(body: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Reference and content hash of the base and of every skill in the file of a composition."""
+    skills, recipes = body.get("skills"), [body.get("merge"), body.get("gate")]
+    entries = [body.get("base"), *skills] if isinstance(skills, list) else []
+    whole = all(isinstance(each, dict) and set(each) == {"ref", "hash"} and all(isinstance(text, str) for text in each.values()) for each in entries)
+    if not entries or not whole or set(body) != {"base", "skills", "merge", "gate"} or not all(isinstance(each, dict | None) for each in recipes):
+        raise ValueError(f"{COMPOSITION_FILE} is no base and skills by reference and hash, with a merge or a gate")
+    return [(each["ref"], each["hash"]) for each in entries]
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
     try:
-        return Checkpoint(**json.loads((folder / CHECKPOINT_FILE).read_bytes()))
+        return Checkpoint(**read_object(folder / CHECKPOINT_FILE))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CHECKPOINT_FILE} is no checkpoint: {error}") from None
 

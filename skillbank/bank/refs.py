@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["Ref", "UnknownRef", "check_alias", "check_name"]
+__all__ = ["Ref", "UnknownRef", "check_alias", "check_name", "is_alias", "is_exact", "is_name", "parse_version"]
 
 _SEGMENT = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _DIGITS = 9
@@ -41,11 +41,16 @@ def _is_word(text: str) -> bool:
 
 
 @lru_cache(maxsize=100_000)
+def is_name(name: str) -> bool:
+    """Whether versions can have this name."""
+    return len(name) <= _LONGEST_NAME and all(_is_word(segment) for segment in name.split("/"))
+
+
 def check_name(name: str) -> str:
     """Return `name`, or raise a ValueError that says what a name may look like."""
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"name {name[:40]!r}... has {len(name)} characters: use at most {_LONGEST_NAME}")
-    if not all(_is_word(segment) for segment in name.split("/")):
+    if not is_name(name):
         raise ValueError(
             f"{name!r} is not a name: use lower-case segments of letters, digits, '-', '_' and '.' joined by '/', none of digits alone, "
             "such as 'walker/walk'"
@@ -55,9 +60,21 @@ def check_name(name: str) -> str:
 
 def check_alias(alias: str) -> str:
     """Return `alias`, or raise a ValueError that says what an alias may look like."""
-    if not _is_word(alias) or len(alias) > _LONGEST_NAME:
-        raise ValueError(f"{alias!r} is not an alias: use lower-case letters, digits, '-', '_' and '.', not digits alone, such as 'best'")
+    if not is_alias(alias):
+        shown = repr(alias) if len(alias) <= _LONGEST_NAME else f"{alias[:40]!r}... of {len(alias)} characters"
+        raise ValueError(f"{shown} is not an alias: use lower-case letters, digits, '-', '_' and '.', not digits alone, such as 'best'")
     return alias
+
+
+def is_alias(alias: str) -> bool:
+    """Whether an alias can be called so."""
+    return _is_word(alias) and len(alias) <= _LONGEST_NAME
+
+
+def is_exact(text: str) -> bool:
+    """Whether a text is a reference with a number."""
+    name, _, number = text.partition("@")
+    return is_name(name) and parse_version(number) is not None
 
 
 def parse_version(text: str) -> int | None:
@@ -88,7 +105,7 @@ class Ref:
             raise ValueError(f"version {self.version} of {self.name!r} is out of range: versions are numbered from 1")
         if isinstance(self.version, str) and self.content is None:
             if self.version.startswith("sha256:"):
-                raise ValueError(f"{self.version!r} is not a content prefix: give 'sha256:' and 4 to 64 lower-case hex digits")
+                raise ValueError(f"{self.version[:80]!r} is not a content prefix: give 'sha256:' and 4 to 64 lower-case hex digits")
             check_alias(self.version)
 
     @classmethod
@@ -98,7 +115,7 @@ class Ref:
             return text
         name, at, selector = text.partition("@")
         if at and not selector:
-            raise ValueError(f"{text!r} ends in '@': add a version, an alias or 'sha256:' and a prefix, or leave the '@' out")
+            raise ValueError(f"{text[:240]!r} ends in '@': add a version, an alias or 'sha256:' and a prefix, or leave the '@' out")
         number = parse_version(selector)
         return cls(name, number if number is not None else selector or None)
 

@@ -19,8 +19,9 @@ from skillbank.bank.folder import Folder
 from skillbank.bank.index import Entry, cache_folder
 from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
-from skillbank.bank.refs import Ref, parse_version
-from skillbank.bank.sealed import file_digest, locked, unseal, write_new
+from skillbank.bank.refs import Ref, is_name, parse_version
+from skillbank.bank.removal import parse_tombstone
+from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 
 __all__ = ["Remote", "download"]
 
@@ -105,13 +106,17 @@ class Remote:
     def tombstone(self, ref: Ref) -> dict[str, Any] | None:
         """See `Place`."""
         try:
-            return unseal(self.read(ref.name, str(ref.number), TOMBSTONE_FILE))
+            return parse_tombstone(self.read(ref.name, str(ref.number), TOMBSTONE_FILE))
         except FileNotFoundError:
             return None
 
     def tombstones(self) -> list[Ref]:
         """See `Place`."""
         return sorted(self._holding(TOMBSTONE_FILE), key=str)
+
+    def strays(self) -> list[tuple[str, str, str]]:
+        """See `Place`; links are none of a bank elsewhere, and other folders are nobody's there."""
+        return []
 
     def folder(self, ref: Ref) -> Path:
         """See `Place`; what is not in the cache, or is damaged there, is copied."""
@@ -152,7 +157,14 @@ class Remote:
         """Write a file beside and move it to its place, so that it is whole wherever moving is atomic."""
         beside = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
         self.files.pipe_file(beside, data)
+        self.flush(beside.rpartition("/")[2])
         self.files.mv(beside, self.path(*parts))
+        self.flush(*parts[:-1])
+
+    def flush(self, *parts: str) -> None:
+        """Bring a file, or the entries of a folder, down to the disk where it is one of this machine; elsewhere that is done when it is there."""
+        if "file" in self.files.protocol:
+            fsync(Path(self.path(*parts)))
 
     def path(self, *parts: str) -> str:
         """Path of a file."""
@@ -162,7 +174,7 @@ class Remote:
         """Numbered folders, below a name or all, that hold a file of this name."""
         for path in self.files.find(self.path(name).rstrip("/"), maxdepth=depth):
             *folders, number, found = path.removeprefix(self.root).strip("/").split("/")
-            if found == file and folders and (version := parse_version(number)) is not None and not any(each.startswith(".") for each in folders):
+            if found == file and is_name("/".join(folders)) and (version := parse_version(number)) is not None:
                 yield Ref("/".join(folders), version)
 
 
@@ -180,6 +192,8 @@ def download(remote: Remote, ref: Ref, folder: Path) -> None:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)
+                if file.tell() > entry["size"]:
+                    break
         if digest.hexdigest() != entry["sha256"]:
             raise ValueError(
                 f"{remote.url}: {ref}: {name} did not arrive as its card says: it was changed there or on the way; nothing of it was stored"

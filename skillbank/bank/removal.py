@@ -17,14 +17,15 @@ from skillbank.bank.card import CARD_FILE
 from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import lock_of, temporary
 from skillbank.bank.refs import Ref
-from skillbank.bank.sealed import fsync, locked, seal, unseal, write_new
+from skillbank.bank.sealed import fsync, locked, read_plain, rename, seal, unseal, write_new
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
 
-__all__ = ["dependents", "gc", "remove", "tombstone"]
+__all__ = ["dependents", "gc", "parse_tombstone", "remove", "tombstone"]
 
 _FORMAT = 1
+_FIELDS = ("kind", "hash", "reason", "when")
 
 
 def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
@@ -51,7 +52,7 @@ def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
     with temporary(folder.parent) as beside:  # in the folder of the name, whose time stamp tells the index
         write_new(beside / TOMBSTONE_FILE, seal(body))
         fsync(beside / TOMBSTONE_FILE)
-        (beside / TOMBSTONE_FILE).rename(folder / TOMBSTONE_FILE)
+        rename(beside / TOMBSTONE_FILE, folder / TOMBSTONE_FILE)
     fsync(folder)
     _clear(folder)
 
@@ -64,9 +65,17 @@ def tombstone(folder: Path) -> dict[str, Any] | None:
 
     """
     try:
-        return unseal((folder / TOMBSTONE_FILE).read_bytes())
+        return parse_tombstone(read_plain(folder / TOMBSTONE_FILE))
     except FileNotFoundError:
         return None
+
+
+def parse_tombstone(data: bytes) -> dict[str, Any]:
+    """What the bytes of a tombstone say; a ValueError says what is wrong with them."""
+    body = unseal(data)
+    if body.get("format") != _FORMAT or set(body) != {"format", *_FIELDS} or not all(isinstance(body[key], str) for key in _FIELDS):
+        raise ValueError(f"has format {body.get('format')!r} and the fields {sorted(body)}, this skillbank reads {_FORMAT} with {list(_FIELDS)}")
+    return body
 
 
 def gc(bank: Bank, *, dry_run: bool) -> list[Path]:

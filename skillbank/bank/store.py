@@ -171,6 +171,8 @@ class Bank(BankReader):
         try:
             yield
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(error.errno, f"no space left for the bank {str(root)!r}; nothing half was stored: make room and try again") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise PermissionError(f"the bank {str(root)!r} is not writable: {error.strerror} ({error.filename}); nothing was stored") from error
             raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from skillbank.bank.aliases import ALIASES_FILE, Move, join, take, to_bytes
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import PARTIAL_FILE
+from skillbank.bank.links import order
 from skillbank.bank.publish import arrive, same_version, temporary
 from skillbank.bank.reader import BankReader
 from skillbank.bank.refs import Ref
@@ -79,20 +80,15 @@ def _send(bank: Bank, remote: Remote, ref: Ref) -> None:
     remote.files.pipe_file(remote.path(*there, PARTIAL_FILE), b"")
     for name in sorted(Card.from_bytes(card).files):
         remote.files.put_file(str(folder / name), remote.path(*there, name))
+        remote.flush(*there, name)
+    remote.flush(*there)
     remote.write(card, *there, CARD_FILE)
     remote.files.rm_file(remote.path(*there, PARTIAL_FILE))
+    for count in range(len(there), -1, -1):
+        remote.flush(*there[:count])
 
 
 def _closure(bank: BankReader, refs: Sequence[str | Ref]) -> list[Ref]:
     """Versions, all where none is named, and everything that they stand on, which comes first."""
-    order: dict[Ref, None] = {}
-
-    def visit(ref: Ref) -> None:
-        if ref not in order:
-            for link in bank.card(ref).stands_on:
-                visit(Ref.parse(link))
-            order[ref] = None
-
-    for ref in refs or [Ref(name, number) for name, numbers in bank.names() for number in numbers]:
-        visit(bank.resolve(ref))
-    return list(order)
+    wanted = [bank.resolve(ref) for ref in refs or [Ref(name, number) for name, numbers in bank.names() for number in numbers]]
+    return [Ref.parse(ref) for ref in order(wanted, lambda ref: bank.card(ref).stands_on)]

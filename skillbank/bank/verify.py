@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skillbank.bank.card import CARD_FILE, Card, content_hash
+from skillbank.bank.card import CARD_FILE, README_FILE, Card, content_hash
 from skillbank.bank.layout import PARTIAL_FILE, TOMBSTONE_FILE
-from skillbank.bank.links import recompute_fingerprint
+from skillbank.bank.links import Circle, order, recompute_fingerprint
 from skillbank.bank.records import read_payload
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import file_digest
@@ -41,7 +41,7 @@ def verify(bank: BankReader, ref: str | Ref | None, *, done: Callable[[int, int]
     names = dict(bank.names())
     if ref is None:
         refs = [Ref(name, number) for name, numbers in names.items() for number in numbers]
-        problems = list(_check_tombstones(bank))
+        problems = [*_check_tombstones(bank), *_check_strays(bank)]
     else:
         refs, problems = [bank.resolve(ref)], []
         names = {refs[0].name: names[refs[0].name]}
@@ -52,6 +52,7 @@ def verify(bank: BankReader, ref: str | Ref | None, *, done: Callable[[int, int]
         for count, found in enumerate(pool.map(lambda each: list(_check_version(bank, each)), refs), 1):
             problems += found
             done(count, len(refs))
+    problems += _check_circle(bank, refs)
     return _with_affected(bank, problems) if problems else []
 
 
@@ -99,10 +100,8 @@ def check_files(folder: Path, ref: Ref, card: Card, *, trusted: bool = False) ->
 
 def check_links(bank: BankReader, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:
     """Base and parents that have another content than the card says or, where `missing`, that are gone."""
-    links = [("parent", parent["ref"], parent["hash"]) for parent in card.parents]
-    if card.base is not None and card.base["ref"] is not None:
-        links.insert(0, ("base", card.base["ref"], str(card.base["hash"])))
-    for role, text, content in links:
+    for count, (text, content) in enumerate(card.links):
+        role = "base" if count == 0 and card.base is not None and card.base["ref"] is not None else "parent"
         try:
             found = bank.card(text).hash
         except KeyError:
@@ -132,9 +131,9 @@ def _check_version(bank: BankReader, ref: Ref) -> Iterator[Problem]:
 def _check_content(bank: BankReader, ref: Ref, card: Card) -> Iterator[Problem]:
     """Read what intact files hold, and compare the base's weights with the fingerprint."""
     try:
-        read_payload(card.kind, bank.path(ref))
+        read_payload(card.kind, bank.path(ref), links=card.links)
     except (ValueError, KeyError, OSError) as error:
-        yield Problem(str(ref), min(set(card.files), default=CARD_FILE), f"cannot be read: {error}")
+        yield Problem(str(ref), min(set(card.files) - {README_FILE}, default=CARD_FILE), f"cannot be read: {error}")
         return
     if card.base is None or card.base["ref"] is None:
         return
@@ -148,6 +147,23 @@ def _check_content(bank: BankReader, ref: Ref, card: Card) -> Iterator[Problem]:
         return
     if found != expected:
         yield Problem(str(ref), CARD_FILE, f"fits a base with fingerprint {expected[:12]}, but {base!r} has {found[:12]}")
+
+
+def _check_circle(bank: BankReader, refs: Iterable[Ref]) -> Iterator[Problem]:
+    def stands_on(ref: str) -> tuple[str, ...]:
+        try:
+            return bank.card(ref).stands_on
+        except (ValueError, KeyError):
+            return ()
+
+    try:
+        order(refs, stands_on)
+    except Circle as error:
+        yield Problem(error.refs[0], CARD_FILE, str(error).partition(" ")[2])
+
+
+def _check_strays(bank: BankReader) -> Iterator[Problem]:
+    return (Problem(name or str(bank.place), file, what) for name, file, what in bank.place.strays())
 
 
 def _check_tombstones(bank: BankReader) -> Iterator[Problem]:
