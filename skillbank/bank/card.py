@@ -119,9 +119,8 @@ class Card:
             raise ValueError(f"has a value of the wrong type in {wrong or ['kind']}")
         if not all(_is_entry(name, entry) for name, entry in body["files"].items()):
             raise ValueError("has an entry in files that is no plain file name with its sha256 and size")
-        needed, allowed = _FILES[body["kind"]]
-        if not needed <= set(body["files"]) <= needed | allowed:
-            raise ValueError(f"names the files {sorted(body['files'])}, a {body['kind']} has {sorted(needed)} and may have {sorted(allowed)}")
+        if not any(needed <= set(body["files"]) <= needed | {*optional, README_FILE} for needed, *optional in _FILES[body["kind"]]):
+            raise ValueError(f"names the files {sorted(body['files'])}, which are not those of a {body['kind']}")
         if body["base"] is not None and not _is_link(body["base"], BaseLink, ()):
             raise ValueError("has a base that is no ref, hash, name and fingerprint")
         if not all(_is_link(parent, Parent, ("ref", "hash")) for parent in body["parents"]):
@@ -131,12 +130,12 @@ class Card:
         return cls(**{**body, "parents": tuple(body["parents"]), "tags": tuple(body["tags"])})
 
 
-_FILES: Mapping[str, tuple[set[str], set[str]]] = {
-    "base": ({"model.json", "model.safetensors"}, {README_FILE}),
-    "skill": ({"adapter_config.json", "adapter_model.safetensors"}, {README_FILE}),
-    "composition": ({"composition.json"}, {"gate.safetensors", README_FILE}),
+_FILES: Mapping[str, list[tuple[set[str], *tuple[str, ...]]]] = {
+    "base": [({"model.json", "model.safetensors"},), ({"checkpoint.json"},)],
+    "skill": [({"adapter_config.json", "adapter_model.safetensors"},)],
+    "composition": [({"composition.json"}, "gate.safetensors")],
 }
-"""Files that a version has beside its card, by kind, and those that it may have."""
+"""What a version has beside its card, by kind: files that it needs, and others that it may have; a model card may always be there."""
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "kind": str,
     "hash": str,
