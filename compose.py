@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import skillbank as sb
 from skillbank import recipe
+from skillbank.artifacts import tracked
 from skillbank.cli import check_choices, user_errors
 from skillbank.report import markdown, write_report
 from skillbank.tasks.control import ControlTask
@@ -25,14 +26,16 @@ def compose(cfg: DictConfig) -> str:
     """Do it; returns the new version's reference."""
     conf = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     bank = sb.Bank(cfg.bank)
-    made = recipe.compose(conf, bank)
-    assert isinstance(made.thing, sb.Composition)
-    base, refs, metrics = made.thing.base, made.thing.skills, made.card["metrics"]
-    rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
-    evaluate = made.task.evaluate
-    rows = [{"row": row} | evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
-    metrics |= evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
-    ref = str(bank.put(made.thing, made.name, card=made.card))
+    with tracked(conf, bank) as log:
+        made = recipe.compose(conf, bank)
+        assert isinstance(made.thing, sb.Composition)
+        base, refs, metrics = made.thing.base, made.thing.skills, made.card["metrics"]
+        rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
+        evaluate = made.task.evaluate
+        rows = [{"row": row} | evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
+        metrics |= evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
+        ref = str(bank.put(made.thing, made.name, card=made.card))
+        log(ref)
     print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
     if rows and cfg.report:
         print(f"report: {write_report(ref, bank, cast('ControlTask', made.task), rows, made.folder)}")

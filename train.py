@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import skillbank as sb
 from skillbank import recipe
+from skillbank.artifacts import tracked
 from skillbank.cli import check_choices, user_errors
 
 
@@ -23,10 +24,12 @@ def train(cfg: DictConfig) -> str:
     """Do it; returns the new version's reference."""
     conf = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     bank = sb.Bank(cfg.bank)
-    made = recipe.train(conf, bank)
-    metrics = made.card["metrics"]
-    metrics |= made.task.evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
-    ref = str(bank.put(made.thing, made.name, card=made.card))
+    with tracked(conf, bank) as log:
+        made = recipe.train(conf, bank)
+        metrics = made.card["metrics"]
+        metrics |= made.task.evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
+        ref = str(bank.put(made.thing, made.name, card=made.card))
+        log(ref)
     print(f"{ref}  " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     return ref
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skillbank.adapter import read_adapter, write_adapter
+    from skillbank.artifacts import log_artifacts
     from skillbank.attach import attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapter": ["read_adapter", "write_adapter"],
+    "artifacts": ["log_artifacts"],
     "attach": ["attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
@@ -74,6 +76,7 @@ __all__ = [
     "grow",
     "import_adapter",
     "load",
+    "log_artifacts",
     "merge",
     "read",
     "read_adapter",

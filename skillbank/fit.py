@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from skillbank.artifacts import wandb_mode
 from skillbank.model import Batch, Batches
 from skillbank.tensors import load_tensors, save_tensors
 
@@ -384,12 +385,15 @@ def _tracked(accelerator: Accelerator, tracker: str | None, run: Mapping[str, An
         return
     options = dict(run or {})
     init = {"name": options.pop("name", None)}
+    opened = None
     if tracker == "wandb":
         import wandb
 
-        init["mode"] = "online" if wandb.api.api_key else "offline"
+        init["mode"], opened = wandb_mode(), wandb.run
     accelerator.init_trackers(options.pop("project", "skillbank"), config=options.pop("conf", None), init_kwargs={tracker: init})
     try:
         yield
     finally:
+        if opened is not None:  # a run that was open before goes on
+            accelerator.trackers = []
         accelerator.end_training()

@@ -68,7 +68,7 @@ HOMES = {
     "tqdm": {"fit"},
     "transformers": {"attach"},
     "typer": {"cli"},
-    "wandb": {"fit"},
+    "wandb": {"artifacts", "fit"},
 }
 """Where each dependency beside torch and numpy may be imported, at module level or lazily; an empty set is nowhere in the package."""
 

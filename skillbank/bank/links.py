@@ -13,7 +13,7 @@ from skillbank.bank.refs import Ref
 if TYPE_CHECKING:
     from skillbank.bank.reader import BankReader
 
-__all__ = ["Circle", "common_base", "lineage", "links", "order", "recompute_fingerprint"]
+__all__ = ["Circle", "closure", "common_base", "lineage", "links", "order", "recompute_fingerprint"]
 
 
 class Circle(ValueError):  # noqa: N818
@@ -109,6 +109,12 @@ def lineage(bank: BankReader, ref: str | Ref) -> dict[str, Any]:
 
     order([exact], stands_on)
     return tree(exact)
+
+
+def closure(bank: BankReader, refs: Sequence[str | Ref]) -> list[Ref]:
+    """Versions, all where none is named, and everything that they stand on, which comes first."""
+    wanted = [bank.resolve(ref) for ref in refs or [Ref(name, number) for name, numbers in bank.names() for number in numbers]]
+    return [Ref.parse(ref) for ref in order(wanted, lambda ref: bank.card(ref).stands_on)]
 
 
 def recompute_fingerprint(bank: BankReader, ref: Ref, card: Card) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from skillbank.bank.aliases import ALIASES_FILE, Move, join, take, to_bytes
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import PARTIAL_FILE
-from skillbank.bank.links import order
+from skillbank.bank.links import closure
 from skillbank.bank.publish import arrive, same_version, temporary
 from skillbank.bank.reader import BankReader
 from skillbank.bank.refs import Ref
@@ -30,7 +30,7 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     """See `Bank.push`."""
     remote = Remote(url)
     there = BankReader(remote)
-    wanted = _closure(bank, refs)
+    wanted = closure(bank, refs)
     numbers = {name: there.versions(name) if remote.exists() else [] for name in dict.fromkeys(ref.name for ref in wanted)}
     moves = {name: join(name, bank.moves(name), there.moves(name)) for name in numbers}
     sent = []
@@ -52,7 +52,7 @@ def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     """See `Bank.pull`."""
     remote = Remote(url)
     there = BankReader(remote)
-    wanted = _closure(there, refs)
+    wanted = closure(there, refs)
     theirs: dict[str, list[Move]] = {name: there.moves(name) for name in dict.fromkeys(ref.name for ref in wanted)}
     for name, moves in theirs.items():
         join(name, bank.moves(name), moves)
@@ -86,9 +86,3 @@ def _send(bank: Bank, remote: Remote, ref: Ref) -> None:
     remote.files.rm_file(remote.path(*there, PARTIAL_FILE))
     for count in range(len(there), -1, -1):
         remote.flush(*there[:count])
-
-
-def _closure(bank: BankReader, refs: Sequence[str | Ref]) -> list[Ref]:
-    """Versions, all where none is named, and everything that they stand on, which comes first."""
-    wanted = [bank.resolve(ref) for ref in refs or [Ref(name, number) for name, numbers in bank.names() for number in numbers]]
-    return [Ref.parse(ref) for ref in order(wanted, lambda ref: bank.card(ref).stands_on)]
