@@ -47,3 +47,18 @@ def registered():
     yield
     for name in made:
         del gymnasium.registry[name]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub in this process, which huggingface_hub asks from now on."""
+    from huggingface_hub import constants
+
+    from tests.hub import serving
+
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        yield hub

@@ -27,23 +27,8 @@ ORDER = [
 """Reading order: at module level a part of the package imports from those before it only."""
 
 BANK = [
-    *(
-        "refs",
-        "sealed",
-        "card",
-        "layout",
-        "aliases",
-        "query",
-        "index",
-        "checkpoint",
-        "records",
-        "links",
-        "publish",
-        "removal",
-        "folder",
-        "remote",
-        "verify",
-    ),
+    *("refs", "sealed", "card", "layout", "aliases", "query", "index", "checkpoint", "records", "links", "publish", "removal", "folder", "hub"),
+    *("remote", "verify"),
     *("reader", "transfer", "store"),
 ]
 """Reading order inside the bank."""
@@ -55,6 +40,7 @@ HOMES = {
     "fsspec": {"bank.remote"},
     "gymnasium": {"tasks.environments"},
     "h5py": {"tasks.demonstrations"},
+    "huggingface_hub": {"bank.hub"},
     "hydra": {"recipe"},
     "jinja2": {"report"},
     "matplotlib": {"report"},

@@ -1,6 +1,7 @@
 """A bank elsewhere, in any place that fsspec can read: `s3://`, `gs://`, `hf://`, `memory://`, or a folder.
 
 It has the same folders and files. What is read of a version is copied to the user's cache folder first, every file checked against the card.
+What is written there becomes visible in one step: the last file comes last, and on the Hub all come in one commit.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import hashlib
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from skillbank.bank.aliases import ALIASES_FILE, Move, parse_moves
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.folder import Folder
+from skillbank.bank.hub import STREAMS, Commits, on_hub, reaching, repository_of
 from skillbank.bank.index import Entry, cache_folder
-from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE
+from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
 from skillbank.bank.refs import Ref, is_name, parse_version
 from skillbank.bank.removal import parse_tombstone
@@ -25,7 +28,11 @@ from skillbank.bank.sealed import file_digest, fsync, locked, write_new
 
 __all__ = ["Remote", "download"]
 
+Write = Callable[[Mapping[str, Path | bytes], str], None]
+
 _CHUNK = 2**22
+_READERS = 16
+"""Cards that are read at the same time."""
 
 
 class Remote:
@@ -44,10 +51,12 @@ class Remote:
 
         self.url = url
         try:
-            self.files, self.root = url_to_fs(url)
+            self.files, root = url_to_fs(url, **(STREAMS if on_hub(url) else {}))
+            if on_hub(url):
+                repository_of(root)
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url!r} cannot be opened: {error}") from None
-        self.root = self.root.rstrip("/")
+        self.root = root.rstrip("/").removeprefix("models/" if on_hub(url) else "")
         self.cache = Folder(cache_folder() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:32])
 
     def __str__(self) -> str:
@@ -66,7 +75,12 @@ class Remote:
     def exists(self) -> bool:
         """Whether there is anything."""
         self.files.invalidate_cache()
-        return bool(self.files.exists(self.root))
+        try:
+            with reaching(self.url):
+                self.files.info(self.root)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def versions(self, name: str) -> list[int]:
         """See `Place`."""
@@ -79,14 +93,14 @@ class Remote:
 
     def has(self, ref: Ref) -> bool:
         """See `Place`."""
-        return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
+        with reaching(self.url):
+            return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
 
     def entries(self, *, cards: bool = False) -> list[Entry]:
         """See `Place`; the cards are always read."""
         refs = [Ref(name, number) for name, numbers in self.names() for number in numbers]
-        paths = {ref: self.path(ref.name, str(ref.number), CARD_FILE) for ref in refs}
-        found = self.files.cat(list(paths.values()), on_error="return") if refs else {}
-        return [Entry.of(ref, card if isinstance(card := found.get(path), bytes) else None, self.card) for ref, path in paths.items()]
+        with ThreadPoolExecutor(_READERS) as readers:
+            return [Entry.of(ref, card, self.card) for ref, card in zip(refs, readers.map(self._card, refs), strict=True)]
 
     def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""
@@ -148,21 +162,54 @@ class Remote:
         except FileNotFoundError:
             return False
 
+    def _card(self, ref: Ref) -> bytes | None:
+        try:
+            return self.card(ref)
+        except FileNotFoundError:
+            return None
+
     def read(self, *parts: str) -> bytes:
         """Bytes of a file."""
-        data: bytes = self.files.cat_file(self.path(*parts))
+        with reaching("/".join((self.url, *parts))):
+            data: bytes = self.files.cat_file(self.path(*parts))
         return data
 
-    def write(self, data: bytes, *parts: str) -> None:
-        """Write a file beside and move it to its place, so that it is whole wherever moving is atomic."""
+    def writer(self) -> Write:
+        """Function that writes files by their paths, given with a word for what they are, so that none is seen before the last.
+
+        On the Hub it writes only while nobody else has written there since it was asked for: ask before looking at what to write.
+        """
+        return Commits(self.url, self.files, self.root).write if on_hub(self.url) else self._in_turn
+
+    def _in_turn(self, files: Mapping[str, Path | bytes], _what: str) -> None:
+        """Write files one by one, the last one beside and moved to its place, so that it is whole wherever moving is atomic."""
+        *first, last = files
+        partial = self.path(last.rpartition("/")[0], PARTIAL_FILE)
+        if first:
+            self.files.makedirs(partial.rpartition("/")[0], exist_ok=True)
+            self.files.pipe_file(partial, b"")
+        for path in first:
+            self._put(self.path(path), files[path])
         beside = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
-        self.files.pipe_file(beside, data)
-        self.flush(beside.rpartition("/")[2])
-        self.files.mv(beside, self.path(*parts))
-        self.flush(*parts[:-1])
+        self._put(beside, files[last])
+        self.flush(last.rpartition("/")[0])
+        self.files.mv(beside, self.path(last))
+        if first:
+            self.files.rm_file(partial)
+        *folders, _ = last.split("/")
+        for count in range(len(folders), -1, -1):
+            self.flush(*folders[:count])
+
+    def _put(self, path: str, data: Path | bytes) -> None:
+        if isinstance(data, bytes):
+            self.files.pipe_file(path, data)
+        else:
+            self.files.put_file(str(data), path)
+        if "file" in self.files.protocol:
+            fsync(Path(path))
 
     def flush(self, *parts: str) -> None:
-        """Bring a file, or the entries of a folder, down to the disk where it is one of this machine; elsewhere that is done when it is there."""
+        """Bring the entries of a folder down to the disk where it is one of this machine; elsewhere that is done when it is there."""
         if "file" in self.files.protocol:
             fsync(Path(self.path(*parts)))
 
@@ -172,10 +219,16 @@ class Remote:
 
     def _holding(self, file: str, name: str = "", depth: int | None = None) -> Iterator[Ref]:
         """Numbered folders, below a name or all, that hold a file of this name."""
-        for path in self.files.find(self.path(name).rstrip("/"), maxdepth=depth):
-            *folders, number, found = path.removeprefix(self.root).strip("/").split("/")
-            if found == file and is_name("/".join(folders)) and (version := parse_version(number)) is not None:
-                yield Ref("/".join(folders), version)
+        try:
+            with reaching(self.url):
+                paths = self.files.find(self.path(name).rstrip("/"), maxdepth=depth)
+        except FileNotFoundError:
+            return
+        for path in paths:
+            folder, _, found = path.removeprefix(self.root).strip("/").rpartition("/")
+            above, _, number = folder.rpartition("/")
+            if found == file and is_name(above) and (version := parse_version(number)) is not None:
+                yield Ref(above, version)
 
 
 def download(remote: Remote, ref: Ref, folder: Path) -> None:
@@ -188,7 +241,8 @@ def download(remote: Remote, ref: Ref, folder: Path) -> None:
     card = remote.card(ref)
     for name, entry in sorted(Card.from_bytes(card).files.items()):
         digest = hashlib.sha256()
-        with remote.files.open(remote.path(ref.name, str(ref.number), name), "rb") as source, (folder / name).open("xb") as file:
+        path = remote.path(ref.name, str(ref.number), name)
+        with reaching(remote.url), remote.files.open(path, "rb") as source, (folder / name).open("xb") as file:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)

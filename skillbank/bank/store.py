@@ -36,8 +36,8 @@ class Bank(BankReader):
     """A versioned folder of bases, skills and compositions.
 
     Args:
-        root: the folder, made by the first `put` (`~` is expanded); or a URL that fsspec knows, such as `s3://bucket/bank`, which is read where
-            it is and never written to: what is read of it is kept in the user's cache folder.
+        root: the folder, made by the first `put` (`~` is expanded); or a URL that fsspec knows, such as `s3://bucket/bank` or
+            `hf://user/repo`, which is read where it is and never written to: what is read of it is kept in the user's cache folder.
 
     Raises:
         ValueError: a path that is a file, or a URL that cannot be opened.
@@ -137,7 +137,8 @@ class Bank(BankReader):
         """Copy versions, what they stand on and their aliases to a bank elsewhere; all versions where none is named.
 
         Args:
-            url: any URL that fsspec knows, such as `s3://bucket/bank`, or a folder.
+            url: any URL that fsspec knows, such as `s3://bucket/bank` or `hf://user/repo`, or a folder. A repository on the Hub is made, private,
+                where there is none.
             refs: which.
             done: called with the numbers of versions that are there, and of all.
 
@@ -146,7 +147,9 @@ class Bank(BankReader):
 
         Raises:
             UnknownRef: no such version here.
-            ValueError: a version or an alias is another one there.
+            ValueError: a version or an alias is another one there, or somebody else has written to the repository meanwhile.
+            PermissionError: the user may not write to the repository.
+            ConnectionError: the Hub cannot be reached.
 
         """
         from skillbank.bank.transfer import push

@@ -1,17 +1,17 @@
 """Versions from bank to bank, with what they stand on and their aliases.
 
-The card of a version is written last, so that half a version is none there either; what is there already does not travel again, so that an
-interrupted transfer goes on when it is started again.
+A version is whole before its card shows it, so that half a version is none there either; what is there already does not travel again, so that
+an interrupted transfer goes on when it is started again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skillbank.bank.aliases import ALIASES_FILE, Move, join, take, to_bytes
 from skillbank.bank.card import CARD_FILE, Card
-from skillbank.bank.layout import PARTIAL_FILE
 from skillbank.bank.links import closure
 from skillbank.bank.publish import arrive, same_version, temporary
 from skillbank.bank.reader import BankReader
@@ -31,19 +31,21 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     remote = Remote(url)
     there = BankReader(remote)
     wanted = closure(bank, refs)
-    numbers = {name: there.versions(name) if remote.exists() else [] for name in dict.fromkeys(ref.name for ref in wanted)}
-    moves = {name: join(name, bank.moves(name), there.moves(name)) for name in numbers}
+    write = remote.writer()
+    numbers = {name: there.versions(name) for name in dict.fromkeys(ref.name for ref in wanted)}
+    theirs = {name: there.moves(name) for name in numbers}
+    moves = {name: join(name, bank.moves(name), theirs[name]) for name in numbers}
     sent = []
     for count, ref in enumerate(wanted):
         done(count, len(wanted))
         if ref.number in numbers[ref.name]:
             same_version(ref, bank.place.card(ref), remote.card(ref))
             continue
-        _send(bank, remote, ref)
+        write(_files(bank, ref), str(ref))
         sent.append(ref)
     for name, each in moves.items():
-        if each and each != there.moves(name):
-            remote.write(to_bytes(each), name, ALIASES_FILE)
+        if each != theirs[name]:
+            write({f"{name}/{ALIASES_FILE}": to_bytes(each)}, f"Aliases of {name}")
     done(len(wanted), len(wanted))
     return sent
 
@@ -73,16 +75,8 @@ def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     return got
 
 
-def _send(bank: Bank, remote: Remote, ref: Ref) -> None:
-    folder, there = bank.place.folder(ref), (ref.name, str(ref.number))
-    card = (folder / CARD_FILE).read_bytes()
-    remote.files.makedirs(remote.path(*there), exist_ok=True)
-    remote.files.pipe_file(remote.path(*there, PARTIAL_FILE), b"")
-    for name in sorted(Card.from_bytes(card).files):
-        remote.files.put_file(str(folder / name), remote.path(*there, name))
-        remote.flush(*there, name)
-    remote.flush(*there)
-    remote.write(card, *there, CARD_FILE)
-    remote.files.rm_file(remote.path(*there, PARTIAL_FILE))
-    for count in range(len(there), -1, -1):
-        remote.flush(*there[:count])
+def _files(bank: Bank, ref: Ref) -> dict[str, Path | bytes]:
+    """Files of a version by their paths in a bank, its card last."""
+    folder = bank.place.folder(ref)
+    names = sorted(Card.from_bytes(card := (folder / CARD_FILE).read_bytes()).files)
+    return {**{f"{ref.name}/{ref.number}/{name}": folder / name for name in names}, f"{ref.name}/{ref.number}/{CARD_FILE}": card}
