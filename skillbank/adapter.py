@@ -22,11 +22,11 @@ from torch import Tensor
 from skillbank.skill import Factor, Skill
 from skillbank.tensors import load_tensors, save_tensors
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "folded", "read_adapter", "read_config", "unshared", "write_adapter"]
+__all__ = ["CONFIG_FILE", "PICKLE_FILE", "WEIGHTS_FILE", "folded", "read_adapter", "read_config", "unshared", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
+PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<letter>[AB])\.weight|lora_embedding_(?P<table>[AB]))")
 
@@ -183,9 +183,9 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder at {str(folder)!r}: give a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / _PICKLE_FILE).exists():
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).exists():
         raise ValueError(
-            f"adapter {str(folder)!r} is stored as pickle ({_PICKLE_FILE}), which can run code when it is read: load it with PEFT where you "
+            f"adapter {str(folder)!r} is stored as pickle ({PICKLE_FILE}), which can run code when it is read: load it with PEFT where you "
             "trust it, and model.save_pretrained(folder) writes safetensors"
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):

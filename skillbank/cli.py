@@ -31,10 +31,10 @@ app = typer.Typer(
 )
 _BankOption = Annotated[str, typer.Option("--bank", envvar="SKILLBANK", help="Folder of the bank; to read, also a URL that fsspec knows.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
-_UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank.")]
+_UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank or hf://user/repo.")]
 _RefsArgument = Annotated[list[str] | None, typer.Argument(help="Which versions; all without.")]
 _DEFAULT = "adapters"
-_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError)
+_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError, ConnectionError)
 
 
 def user_errors(run: Callable[P, T]) -> Callable[P, T]:
@@ -186,16 +186,21 @@ def alias(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A PEFT adapter, as save_pretrained wrote it.")],
+    source: Annotated[
+        str, typer.Argument(help="A PEFT adapter: a folder that save_pretrained wrote, or a repository on the Hub, such as user/repo.")
+    ],
     name: Annotated[str, typer.Argument(help="The name that it gets.")],
     bank: _BankOption = _DEFAULT,
     base: Annotated[str | None, typer.Option(help="Its base in the bank.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Words to find it by.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Where in the folder or the repository the adapter is.")] = "",
 ) -> None:
     """Put a PEFT LoRA adapter into the bank."""
     from skillbank.exchange import import_adapter
 
-    typer.echo(str(import_adapter(folder, Bank(bank), name, base=base, card={"tags": tag or []})))
+    ref = import_adapter(source, Bank(bank), name, base=base, card={"tags": tag or []}, revision=revision, subfolder=subfolder)
+    typer.echo(str(ref))
 
 
 @app.command()

@@ -1,16 +1,18 @@
-"""In from the folders of PEFT and others, and out to PEFT's or to plain weights with everything folded in."""
+"""In from the folders of PEFT and others, here or on the Hub, and out to PEFT's or to plain weights with everything folded in."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from skillbank.adapter import folded, write_adapter
+from skillbank.adapter import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, folded, write_adapter
 from skillbank.attach import fold
 from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
+from skillbank.bank.hub import repository_files, snapshot
 from skillbank.bank.records import write_payload
 from skillbank.formats import read_lora
 from skillbank.load import build_base, skills_on_base
@@ -19,37 +21,53 @@ from skillbank.skill import Skill
 
 __all__ = ["export", "import_adapter"]
 
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 
 def import_adapter(
-    folder: str | Path, bank: Bank, name: str, *, base: str | None = None, card: Mapping[str, Any] | None = None, scale: float = 1.0
+    source: str | Path,
+    bank: Bank,
+    name: str,
+    *,
+    base: str | None = None,
+    card: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> Ref:
     """Put a LoRA adapter of PEFT, of AdapterHub's `adapters` or of mttl into a bank, its scale folded in.
 
     Signs of a scale that is wrong are in the card's `conf`, under `import.lints`.
 
     Args:
-        folder: what PEFT's `save_pretrained` wrote, or another of the checkpoints that `read_lora` knows by their files.
+        source: the folder that PEFT's `save_pretrained` wrote, or another of the checkpoints that `read_lora` knows by their files; where there is
+            none of that name, a PEFT adapter in a repository on the Hub, such as `user/repo`. The card keeps the repository and the commit, as
+            `conf.source`.
         bank: where it goes.
         name: the name that it gets.
         base: reference of its base in the bank; without it the card names the base that the adapter's own configuration names.
         card: further fields of the card, see `Bank.put`.
         scale: multiplies every delta, to make up for a wrong scale.
+        revision: branch, tag or commit of the repository; without it its main branch.
+        subfolder: where in the source the adapter is.
 
     Returns:
         The exact reference.
 
     Raises:
-        FileNotFoundError: a file of the adapter is missing.
+        FileNotFoundError: a file of the adapter is missing, or there is no such repository or revision.
         ValueError: an adapter that B @ A cannot represent, that is stored as pickle, or that does not fit the base; a scale that is not finite.
+        ConnectionError: the Hub cannot be reached.
 
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
+    folder, conf, called = _fetched(source, revision, subfolder)
     found = read_lora(folder)
     skill = Skill({module: folded(factor, scale) for module, factor in found.skill.factors.items()}, found.skill.embeddings)
     made = {"format": found.format, "scale": scale, "lints": [asdict(lint) for lint in found.lints]}
-    fields = {"notes": f"Imported from the {found.format} adapter {Path(folder).name!r}.", **(card or {})}
-    fields["conf"] = {"import": made, **fields.get("conf", {})}
+    fields = {"notes": f"Imported from the {found.format} adapter {called!r}.", **(card or {})}
+    fields["conf"] = {"import": made, **fields.get("conf", {}), **conf}
     if base is not None or found.base_name:
         fields["base"] = base if base is not None else {"name": found.base_name}
     return bank.put(skill, name, card=fields, adapter=found.options)
@@ -103,3 +121,35 @@ def _merged(bank: Bank, ref: str, composition: Composition) -> Skill:
     if composition.merge is None:
         raise ValueError(f"{ref!r} has a gate, whose weights depend on the input: no adapter and no weights hold it; load it with skillbank.load")
     return merge(skills_on_base(bank, composition.skills)[2], **composition.merge)
+
+
+def _fetched(source: str | Path, revision: str | None, subfolder: str) -> tuple[Path, dict[str, Any], str]:
+    """Folder of an adapter on this machine, what to keep of where it came from, and what it is called."""
+    folder = Path(source)
+    if folder.is_dir() or not (isinstance(source, str) and _REPOSITORY.fullmatch(source)):
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision!r} of {str(source)!r}: only a repository on the Hub, such as 'user/repo', has revisions; leave it out"
+            )
+        return folder / subfolder, {}, (folder / subfolder).name
+    inside = f"{subfolder.strip('/')}/".lstrip("/")
+    folder = snapshot(str(source), [inside + CONFIG_FILE, inside + WEIGHTS_FILE], revision)
+    commit = folder.name
+    if not all((folder / inside / each).is_file() for each in (CONFIG_FILE, WEIGHTS_FILE)):
+        raise _incomplete(str(source), inside, repository_files(str(source), commit))
+    kept = {"repository": str(source), "commit": commit, **({"subfolder": subfolder.strip("/")} if inside else {})}
+    return folder / inside, {"source": kept}, f"{source}/{inside}".rstrip("/")
+
+
+def _incomplete(repository: str, inside: str, files: list[str]) -> Exception:
+    """What to say of a repository without an adapter in a folder of it."""
+    if {inside + CONFIG_FILE, inside + PICKLE_FILE} <= {*files}:
+        return ValueError(
+            f"{repository!r}: {inside}{PICKLE_FILE} is stored as pickle, which can run code when it is read: load it with PEFT where you trust it, "
+            "and model.save_pretrained(folder) writes safetensors to import"
+        )
+    others = sorted(path.removesuffix(CONFIG_FILE).rstrip("/") or "its root" for path in files if path.rpartition("/")[2] == CONFIG_FILE)
+    return FileNotFoundError(
+        f"{repository!r} holds no adapter in {inside.rstrip('/') or 'its root'}, which takes {CONFIG_FILE} and {WEIGHTS_FILE}: "
+        + (f"name the subfolder, there is {', '.join(others[:5])}" if others else "it is no PEFT adapter")
+    )
