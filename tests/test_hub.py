@@ -233,7 +233,7 @@ def test_a_folder_goes_before_a_repository(hub, name, tmp_path, monkeypatch):
     hub.asked.clear()
     bank = Bank(tmp_path / "bank")
     ref = sb.import_adapter(name, bank, "mine/walk", subfolder="in")
-    assert (bank.card(ref).conf, hub.asked) == ({}, [])
+    assert ("source" in bank.card(ref).conf, hub.asked) == (False, [])
     with pytest.raises(
         ValueError, match=r"revision 'main' of 'user/.*': only a repository on the Hub, such as 'user/repo', has revisions; leave it out"
     ):
