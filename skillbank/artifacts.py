@@ -16,9 +16,8 @@ from typing import Any
 from skillbank.bank import Bank, Ref
 from skillbank.bank.links import closure
 
-__all__ = ["SCHEME", "artifact_name", "log_artifacts", "tracked", "wandb_mode"]
+__all__ = ["artifact_name", "log_artifacts", "tracked", "wandb_mode"]
 
-SCHEME = "wandb://"
 _PROJECT = "skillbank"
 
 
@@ -33,8 +32,8 @@ def log_artifacts(
 ) -> list[Ref]:
     """Log versions, and what they stand on, to W&B: one artifact per name, one version of it per version, a run each for the lineage.
 
-    An artifact's type is the version's kind, its files are the version's and its metadata is the card; an old PEFT or safetensors tool reads what
-    is downloaded. Offline unless one is logged in.
+    An artifact's type is the version's kind, its files are the version's and its metadata is the card; PEFT reads what is
+    downloaded of a skill. Offline unless one is logged in.
 
     Args:
         bank: where they are.
@@ -49,9 +48,11 @@ def log_artifacts(
 
     Raises:
         UnknownRef: no such version.
-        ValueError: wandb is not installed, or a name that W&B does not take.
+        ValueError: no project, wandb is not installed, or a name that W&B does not take.
 
     """
+    if not project:
+        raise ValueError("no project: name one, such as wandb://skillbank or wandb://team/skillbank")
     if run is not None:
         wanted = [bank.resolve(ref) for ref in refs]
         for ref in wanted:

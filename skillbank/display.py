@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
 
-__all__ = ["card_fields", "lineage_tree", "new_table", "print_fitting", "print_json", "print_one", "print_parts", "progress", "telling"]
+__all__ = ["answer", "card_fields", "lineage_tree", "new_table", "print_fitting", "print_json", "print_one", "print_parts", "progress", "telling"]
 
 _TELLING = ("return", "loss", "validation", "merge_error")
 
@@ -60,6 +60,14 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(value: object) -> None:
     """Print JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def answer(json: bool, value: object, *lines: str) -> None:
+    """Print a value as JSON, or lines that say the same to people."""
+    if json:
+        print_json(value)
+    else:
+        print("\n".join(lines))
 
 
 def lineage_tree(node: Mapping[str, Any]) -> Tree:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from collections import defaultdict
 
 import numpy as np
@@ -13,6 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 import compose as compose_script
 import skillbank as sb
 import train as train_script
+from skillbank import cli
 from skillbank.artifacts import artifact_name
 from skillbank.bank import UnknownRef
 from tests.test_bank import bank, shipped  # noqa: F401
@@ -37,17 +39,17 @@ def records(path):
 
 def runs(folder):
     """Artifacts of every offline run, in order: what it used, and what it made."""
+    wandb.teardown()  # which writes what is not written yet
     found = []
-    for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        used, made, name = [], [], ""
+    for path in folder.rglob("*.wandb"):
+        used, made, runs = [], [], []
         for record in records(path):
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                name = record.run.display_name
-            if kind == "artifact":
+            if record.HasField("run"):
+                runs.append(record.run)
+            if record.HasField("artifact"):
                 (used if record.artifact.use_after_commit else made).append(record.artifact)
-        found.append((name, used, made))
-    return found
+        found.append((runs[0].start_time.ToNanoseconds(), runs[-1].display_name, used, made))
+    return [each[1:] for each in sorted(found, key=lambda each: each[0])]
 
 
 def versions(artifacts):
@@ -103,6 +105,22 @@ def test_a_run_that_is_open_takes_the_version_alone(bank, tmp_path):  # noqa: F8
         assert [str(ref) for ref in sb.log_artifacts(bank, ["walker/walk@best"], run=run)] == ["walker/walk@1"]
     ((_, used, made),) = runs(tmp_path)
     assert (versions(used), versions(made)) == (["walker.stand:1"], ["walker.walk:1"])
+
+
+def test_on_the_command_line(bank, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(sys, "argv", ["skillbank", "push", "wandb://team/mine", "walker/walk@best", "--bank", str(bank.root)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert out == "walker/stand@1\nwalker/walk@1\n2 pushed to wandb://team/mine\n"
+    assert "not logged in, so that it stays in the folder wandb/ here; `wandb sync` uploads it" in err
+    wandb.teardown()
+    (run,) = {(record.run.entity, record.run.project) for path in tmp_path.rglob("*.wandb") for record in records(path) if record.HasField("run")}
+    assert run == ("team", "mine")
+    monkeypatch.setattr(sys, "argv", ["skillbank", "push", "wandb://", "--bank", str(bank.root)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "no project: name one, such as wandb://skillbank" in capsys.readouterr().err
 
 
 def test_what_cannot_be_logged(bank, tmp_path):  # noqa: F811

@@ -1,5 +1,6 @@
 """The command line: tables, exit codes, and errors of one line."""
 
+import inspect
 import json
 import os
 import re
@@ -161,6 +162,99 @@ def test_verify(run, bank):
     assert run("verify", "walker/walk@2")[0] == 0
 
 
+def test_every_command_answers_in_json(run, bank, tmp_path):
+    def told(*arguments, expected=0, **options):
+        code, out, err = run(*arguments, "--json", **options)
+        assert code == expected, err
+        return json.loads(out)
+
+    log = told("log", "walker/walk")
+    assert [(each["ref"], each["aliases"]) for each in log["versions"]] == [("walker/walk@2", []), ("walker/walk@1", ["best"])]
+    assert (log["versions"][0]["metrics"]["return"], log["moves"][0]["alias"]) == (512.25, "best")
+    assert told("log", "walker/both", "--graph")["parents"][0]["ref"] == "walker/walk@1"
+    assert told("alias", "walker/walk", "new") == {"name": "walker/walk", "alias": "new", "ref": "walker/walk@2"}
+    assert told("alias", "walker/walk", "new", "--delete")["ref"] is None
+    out = str(tmp_path / "out")
+    assert told("export", "walker/walk", out) == {"ref": "walker/walk@2", "folder": out}
+    assert told("import", out, "mine") == {"ref": "mine@1", "lints": []}
+    assert told("base", str(bank.path("walker/stand")), "stand") == {"ref": "stand@1"}
+    there = str(tmp_path / "there")
+    every = ["mine@1", "stand@1", "walker/stand@1", "walker/walk@1", "walker/walk@2", "walker/both@1"]
+    sent = told("push", there)
+    assert (sent["url"], sorted(sent["refs"])) == (there, sorted(every))
+    assert told("pull", there) == {"url": there, "refs": []}
+    cloned = told("clone", there, str(tmp_path / "clone"), folder=None)
+    assert sorted(cloned["refs"]) == sorted(every)
+    assert told("dedup") == []
+    assert {each["ref"] for each in told("similar", "walker/walk@1")} == {"walker/walk@2"}
+    assert told("verify") == {"versions": 6, "problems": []}
+    assert told("rm", "mine", "--reason", "a trial") == {"ref": "mine@1", "reason": "a trial"}
+    (bank.root / ".tmp-0").mkdir()
+    assert told("gc", "--dry-run") == {"paths": [str(bank.root / ".tmp-0")], "removed": False}
+    assert told("gc")["removed"] is True
+    assert set(told("diff", "walker/walk@1", "walker/walk@2")["distance"]) == {"a"}
+    (bank.path("walker/walk@1") / "card.json").unlink()
+    problems = {problem["ref"]: problem for problem in told("verify", expected=1)["problems"]}
+    assert (problems["walker/walk@1"]["file"], problems["walker/walk@1"]["affects"]) == ("card.json", ["walker/both@1"])
+
+
+def test_no_command_is_without_json():
+    assert {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if "json" not in signature(command.callback)
+    } == set()
+
+
+def signature(function):
+    return inspect.signature(function).parameters
+
+
+def completed(bank, shell, words):
+    """What a shell is told to offer for the last of the words."""
+    index = words.count(" ")
+    variables = {"complete_bash": {"COMP_WORDS": words, "COMP_CWORD": str(index)}, "complete_zsh": {"_TYPER_COMPLETE_ARGS": words}}[shell]
+    env = {**os.environ, **variables, "_SKILLBANK_COMPLETE": shell, "SKILLBANK": str(bank.root)}
+    command = [sys.executable, "-X", "importtime", "-c", "import sys; sys.argv[0] = 'skillbank'; from skillbank.cli import main; main()"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert not {"torch", "numpy", "fsspec"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    return re.findall(r"[\w/@:.-]*walker/[\w/@:.-]*", done.stdout)
+
+
+@pytest.mark.parametrize("shell", ["complete_bash", "complete_zsh"])
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("skillbank show w", ["walker/both", "walker/stand", "walker/walk"]),
+        ("skillbank show walker/walk", ["walker/walk", "walker/walk@best", "walker/walk@1", "walker/walk@2"]),
+        ("skillbank diff walker/walk walker/s", ["walker/stand"]),
+        ("skillbank push memory://x walker/b", ["walker/both"]),
+        ("skillbank list --base walker/s", ["walker/stand"]),
+        ("skillbank rm x", []),
+        ("skillbank show --bank s3://bucket/bank w", []),
+        ("skillbank show --bank nowhere w", []),
+    ],
+)
+def test_shells_complete_references(bank, shell, words, offered):
+    assert completed(bank, shell, words) == offered
+
+
+def test_what_completes_after_the_at(bank):
+    assert completed(bank, "complete_zsh", "skillbank show walker/walk@b") == ["walker/walk@best"]
+    assert completed(bank, "complete_zsh", "skillbank show walker/none@") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(tmp_path, shell):
+    """For the shell that the command is run from, which the option reads off the process tree."""
+    env = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'skillbank'; from skillbank.cli import main; main()", "--install-completion", shell],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("_SKILLBANK_COMPLETE" in text for text in written)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +279,11 @@ def test_no_bank(run, tmp_path, monkeypatch):
 def test_wrong_usage_exits_with_2(run):
     assert run("lst")[0] == 2
     assert run("show")[0] == 2
+
+
+def test_help_says_what_exit_codes_mean(run):
+    code, out, _ = run("--help", folder=None)
+    assert (code, "Exit codes: 0, all is well; 1, " in out) == (0, True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["list"]])

@@ -104,5 +104,14 @@ def test_on_the_command_line(bank, tmp_path, monkeypatch, capsys):
     assert run("import", tmp_path / "out", "again", "--base", "base", "--tag", "x")[:2] == (0, "again@1\n")
     code, _, err = run("export", "one", tmp_path / "out")
     assert (code, "holds something already" in err) == (1, True)
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"a": nn.Linear(6, 4)})
+    get_peft_model(plain, LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["a"])).save_pretrained(
+        tmp_path / "rs", save_embedding_layers=False
+    )
+    code, out, err = run("import", tmp_path / "rs", "rs", "--scale", "0.5")
+    assert (code, out) == (0, "rs@1\n")
+    assert err.startswith("skillbank: use_rslora with lora_alpha = r = 4: if it was made by add_weighted_adapter, every delta is sqrt(4) = 2 times")
+    assert err.endswith("or import it with --scale 0.5\n")
     code, _, err = run("import", tmp_path / "nowhere", "again")
     assert (code, err.startswith("skillbank: no adapter folder at")) == (1, True)

@@ -53,7 +53,7 @@ HOMES = {
     "safetensors": {"tensors", "bank.records"},
     "tqdm": {"fit"},
     "transformers": {"attach"},
-    "typer": {"cli"},
+    "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},
 }
 """Where each dependency beside torch and numpy may be imported, at module level or lazily; an empty set is nowhere in the package."""
@@ -188,7 +188,7 @@ def test_public_names_are_documented_and_exist():
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), module
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and module != "skillbank.cli":
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{module}.{node.name}"
 
 

@@ -1,0 +1,166 @@
+"""Commands that write: to a bank, or something of it elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skillbank.bank import Bank, Checkpoint
+from skillbank.bank.aliases import ANY, Expected
+from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, RefsArgument, UrlArgument, app, complete_ref
+from skillbank.display import answer, progress
+
+__all__ = ["alias", "base", "clone", "export", "gc", "import_", "pull", "push", "rm"]
+
+
+@app.command()
+def alias(
+    ref: Annotated[str, typer.Argument(help="The version to point at; with --delete, the name.", autocompletion=complete_ref)],
+    alias: str,
+    bank: BankOption = DEFAULT,
+    expect: Annotated[int | None, typer.Option(help="Move it only if it points at this version now; 0: at nothing.")] = None,
+    protect: Annotated[bool | None, typer.Option(help="From now on it moves only together with --no-protect.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Take the alias away.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Point an alias at a version."""
+    store = Bank(bank)
+    exact = store.resolve(ref)
+    expected: Expected = ANY if expect is None else expect or None
+    now = store.alias(exact.name, alias, None if delete else exact.number, expect=expected, protect=protect)
+    value = {"name": exact.name, "alias": alias, "ref": None if now is None else str(now)}
+    answer(json, value, f"{exact.name}@{alias} is {'taken away' if now is None else now}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with a LoRA of PEFT, AdapterHub's adapters or mttl as safetensors, or a repository on the Hub, such as user/repo."
+        ),
+    ],
+    name: Annotated[str, typer.Argument(help="The name that it gets.")],
+    bank: BankOption = DEFAULT,
+    base: Annotated[str | None, typer.Option(help="Its base in the bank.", autocompletion=complete_ref)] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Words to find it by.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Where in the folder or the repository the adapter is.")] = "",
+    scale: Annotated[float, typer.Option(help="Multiplies every delta, to make up for a scale that is wrong.")] = 1.0,
+    json: JsonOption = False,
+) -> None:
+    """Put a LoRA adapter into the bank; what looks wrong about its scale is told on stderr."""
+    from skillbank.exchange import import_adapter
+    from skillbank.lints import Lint
+
+    store = Bank(bank)
+    card = {"tags": tag or []}
+    ref = import_adapter(source, store, name, base=base, card=card, scale=scale, revision=revision, subfolder=subfolder)
+    lints = store.card(ref).conf.get("import", {}).get("lints", [])
+    for lint in lints:
+        typer.echo(f"skillbank: {Lint(**lint)}", err=True)
+    answer(json, {"ref": str(ref), "lints": lints}, str(ref))
+
+
+@app.command()
+def base(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint: a folder of safetensors files, such as a snapshot in the Hub's cache.")],
+    name: Annotated[str, typer.Argument(help="The name that it gets.")],
+    bank: BankOption = DEFAULT,
+    repo: Annotated[str | None, typer.Option(help="Id of its Hub repository, where the path does not tell.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the repository, where the path does not tell.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Put a base into the bank by its hashes; its weights stay where they are."""
+    with progress("hash"):
+        checkpoint = Checkpoint.scan(folder, repo=repo, revision=revision)
+    ref = str(Bank(bank).put(checkpoint, name))
+    answer(json, {"ref": ref}, ref)
+
+
+@app.command()
+def export(
+    ref: RefArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to; made here.")],
+    bank: BankOption = DEFAULT,
+    merged: Annotated[bool, typer.Option("--merged", help="The base's weights with the skill added, instead of an adapter.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a skill or a merge as a PEFT adapter, or folded into its base."""
+    from skillbank.exchange import export
+
+    store = Bank(bank)
+    written = str(export(ref, folder, store, merged=merged))
+    answer(json, {"ref": str(store.resolve(ref)), "folder": written}, written)
+
+
+@app.command()
+def push(
+    url: Annotated[
+        str, typer.Argument(help="A folder, a URL that fsspec knows, such as s3://bucket/bank or hf://user/repo, or wandb://[entity/]project.")
+    ],
+    refs: RefsArgument = None,
+    bank: BankOption = DEFAULT,
+    json: JsonOption = False,
+) -> None:
+    """Copy versions and what they stand on to a bank elsewhere, where what is there already stays; or log them as W&B artifacts."""
+    store = Bank(bank)
+    with progress("push") as done:
+        if url.startswith("wandb://"):
+            from skillbank.artifacts import log_artifacts, wandb_mode
+
+            entity, _, project = url.removeprefix("wandb://").rpartition("/")
+            sent = log_artifacts(store, refs or (), project=project, entity=entity or None, done=done)
+            if wandb_mode() == "offline":
+                typer.echo("skillbank: not logged in, so that it stays in the folder wandb/ here; `wandb sync` uploads it", err=True)
+        else:
+            sent = store.push(url, *(refs or ()), done=done)
+    named = [str(ref) for ref in sent]
+    answer(json, {"url": url, "refs": named}, *named, f"{len(named)} pushed to {url}")
+
+
+@app.command()
+def pull(
+    url: UrlArgument,
+    refs: Annotated[list[str] | None, typer.Argument(help="Which versions; all without.")] = None,
+    bank: BankOption = DEFAULT,
+    json: JsonOption = False,
+) -> None:
+    """Copy versions and what they stand on from a bank elsewhere, checked as they arrive."""
+    with progress("pull") as done:
+        named = [str(ref) for ref in Bank(bank).pull(url, *(refs or ()), done=done)]
+    answer(json, {"url": url, "refs": named}, *named, f"{len(named)} pulled from {url}")
+
+
+@app.command()
+def clone(
+    url: UrlArgument, folder: Annotated[Path, typer.Argument(help="The new bank; it must not be there yet, or be empty.")], json: JsonOption = False
+) -> None:
+    """Copy a whole bank from elsewhere to a new folder; repeat a clone that was interrupted as `pull --bank`."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} holds something already: clone to another folder, or use `skillbank pull {url} --bank {folder}`")
+    with progress("clone") as done:
+        named = [str(ref) for ref in Bank(folder).pull(url, done=done)]
+    answer(json, {"url": url, "folder": str(folder), "refs": named}, f"{len(named)} cloned from {url} to {folder}")
+
+
+@app.command()
+def rm(
+    ref: RefArgument,
+    bank: BankOption = DEFAULT,
+    force: Annotated[bool, typer.Option("--force", help="Even if versions or aliases need it.")] = False,
+    reason: Annotated[str, typer.Option(help="Why; it is kept.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Take a version away for good; its number is never used again."""
+    exact = str(Bank(bank).remove(ref, force=force, reason=reason))
+    answer(json, {"ref": exact, "reason": reason}, f"{exact} is removed")
+
+
+@app.command()
+def gc(bank: BankOption = DEFAULT, dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False, json: JsonOption = False) -> None:
+    """Remove what interrupted processes left behind."""
+    swept = [str(path) for path in Bank(bank).gc(dry_run=dry_run)]
+    answer(json, {"paths": swept, "removed": not dry_run}, *swept, f"{len(swept)} {'to remove' if dry_run else 'removed'}")
