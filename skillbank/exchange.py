@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from skillbank.adapter import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, folded, write_adapter
+from skillbank.adapter import folded, write_adapter
 from skillbank.attach import fold
 from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.hub import repository_files, snapshot
 from skillbank.bank.records import write_payload
-from skillbank.formats import read_lora
+from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
 from skillbank.load import build_base, skills_on_base
 from skillbank.merge import merge
 from skillbank.skill import Skill
@@ -40,16 +40,15 @@ def import_adapter(
     Signs of a scale that is wrong are in the card's `conf`, under `import.lints`.
 
     Args:
-        source: the folder that PEFT's `save_pretrained` wrote, or another of the checkpoints that `read_lora` knows by their files; where there is
-            none of that name, a PEFT adapter in a repository on the Hub, such as `user/repo`. The card keeps the repository and the commit, as
-            `conf.source`.
+        source: folder that PEFT's `save_pretrained` wrote, or of another of the checkpoints that `read_lora` knows by their files; where there is
+            none of that name, a repository on the Hub, such as `user/repo`. The card keeps repository and commit in `conf`, under `source`.
         bank: where it goes.
         name: the name that it gets.
         base: reference of its base in the bank; without it the card names the base that the adapter's own configuration names.
         card: further fields of the card, see `Bank.put`.
         scale: multiplies every delta, to make up for a wrong scale.
-        revision: branch, tag or commit of the repository; without it its main branch.
-        subfolder: where in the source the adapter is.
+        revision: branch, tag or commit of the repository; None for its main branch.
+        subfolder: where in the folder or the repository the adapter is.
 
     Returns:
         The exact reference.
@@ -57,17 +56,18 @@ def import_adapter(
     Raises:
         FileNotFoundError: a file of the adapter is missing, or there is no such repository or revision.
         ValueError: an adapter that B @ A cannot represent, that is stored as pickle, or that does not fit the base; a scale that is not finite.
+        PermissionError: the user may not read the repository.
         ConnectionError: the Hub cannot be reached.
 
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    folder, conf, called = _fetched(source, revision, subfolder)
+    folder, origin, called = _fetched(source, revision, subfolder)
     found = read_lora(folder)
     skill = Skill({module: folded(factor, scale) for module, factor in found.skill.factors.items()}, found.skill.embeddings)
     made = {"format": found.format, "scale": scale, "lints": [asdict(lint) for lint in found.lints]}
     fields = {"notes": f"Imported from the {found.format} adapter {called!r}.", **(card or {})}
-    fields["conf"] = {"import": made, **fields.get("conf", {}), **conf}
+    fields["conf"] = {"import": made, **origin, **fields.get("conf", {})}
     if base is not None or found.base_name:
         fields["base"] = base if base is not None else {"name": found.base_name}
     return bank.put(skill, name, card=fields, adapter=found.options)
@@ -124,32 +124,32 @@ def _merged(bank: Bank, ref: str, composition: Composition) -> Skill:
 
 
 def _fetched(source: str | Path, revision: str | None, subfolder: str) -> tuple[Path, dict[str, Any], str]:
-    """Folder of an adapter on this machine, what to keep of where it came from, and what it is called."""
+    """Folder of an adapter on this machine, what the card keeps of where it comes from, and what it is called."""
     folder = Path(source)
-    if folder.is_dir() or not (isinstance(source, str) and _REPOSITORY.fullmatch(source)):
+    if folder.exists() or not (isinstance(source, str) and _REPOSITORY.fullmatch(source)):
         if revision is not None:
             raise ValueError(
                 f"revision {revision!r} of {str(source)!r}: only a repository on the Hub, such as 'user/repo', has revisions; leave it out"
             )
         return folder / subfolder, {}, (folder / subfolder).name
     inside = f"{subfolder.strip('/')}/".lstrip("/")
-    folder = snapshot(str(source), [inside + CONFIG_FILE, inside + WEIGHTS_FILE], revision)
-    commit = folder.name
-    if not all((folder / inside / each).is_file() for each in (CONFIG_FILE, WEIGHTS_FILE)):
-        raise _incomplete(str(source), inside, repository_files(str(source), commit))
-    kept = {"repository": str(source), "commit": commit, **({"subfolder": subfolder.strip("/")} if inside else {})}
+    folder = snapshot(source, [inside + each for each in FILES], revision)
+    if not any((folder / inside / each).is_file() for each in WEIGHTS):
+        raise _incomplete(source, inside, repository_files(source, folder.name))
+    kept = {"repository": source, "commit": folder.name, **({"subfolder": inside.rstrip("/")} if inside else {})}
     return folder / inside, {"source": kept}, f"{source}/{inside}".rstrip("/")
 
 
 def _incomplete(repository: str, inside: str, files: list[str]) -> Exception:
-    """What to say of a repository without an adapter in a folder of it."""
-    if {inside + CONFIG_FILE, inside + PICKLE_FILE} <= {*files}:
-        return ValueError(
-            f"{repository!r}: {inside}{PICKLE_FILE} is stored as pickle, which can run code when it is read: load it with PEFT where you trust it, "
-            "and model.save_pretrained(folder) writes safetensors to import"
-        )
-    others = sorted(path.removesuffix(CONFIG_FILE).rstrip("/") or "its root" for path in files if path.rpartition("/")[2] == CONFIG_FILE)
+    """What to say of a repository without weights in a folder of it."""
+    for path in files:
+        if path.startswith(inside) and ((name := path.removeprefix(inside)) in PICKLES or ("/" not in name and name.endswith(".ckpt"))):
+            return ValueError(
+                f"{repository!r} has its weights as pickle ({path}), which can run code when it is read: load them where you trust them, with the "
+                "library that wrote them, and save them as safetensors"
+            )
+    others = sorted({path.rpartition("/")[0] or "its root" for path in files if path.rpartition("/")[2] in CONFIGS})
     return FileNotFoundError(
-        f"{repository!r} holds no adapter in {inside.rstrip('/') or 'its root'}, which takes {CONFIG_FILE} and {WEIGHTS_FILE}: "
-        + (f"name the subfolder, there is {', '.join(others[:5])}" if others else "it is no PEFT adapter")
+        f"{repository!r} holds no adapter in {inside.rstrip('/') or 'its root'}, which takes one of {', '.join(WEIGHTS)}: "
+        + (f"name the subfolder, there is {', '.join(others[:5])}" if others else "it is none that skillbank reads")
     )

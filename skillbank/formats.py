@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from skillbank.adapter import CONFIG_FILE, folded, read_adapter, read_config
+from skillbank.adapter import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, folded, read_adapter, read_config
 from skillbank.lints import Lint, peft_lints
 from skillbank.skill import Factor, Skill
 from skillbank.tensors import load_tensors
 
-__all__ = ["Lora", "read_lora"]
+__all__ = ["CONFIGS", "FILES", "PICKLES", "WEIGHTS", "Lora", "read_lora"]
 
 ADAPTERS_WEIGHTS, ADAPTERS_PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 MTTL_CONFIG, MTTL_WEIGHTS, MTTL_PICKLE = "mttl_config.json", "mttl_weights.safetensors", "mttl_weights.bin"
@@ -32,6 +32,11 @@ _MTTL_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[ab])")
 _FUSED = ("Wqkv", "c_attn", "in_proj", "qkv")
 """Layers that hold query, key and value in one, as `adapters` knows them; their LoRA is one block of O / 3 rows for each that is adapted."""
 _HEADS = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+CONFIGS = (CONFIG_FILE, MTTL_CONFIG)
+WEIGHTS = (WEIGHTS_FILE, ADAPTERS_WEIGHTS, MTTL_WEIGHTS)
+PICKLES = (PICKLE_FILE, ADAPTERS_PICKLE, MTTL_PICKLE)
+FILES = (*CONFIGS, *WEIGHTS, _HEADS[0])
+"""All that is read, or whose presence says what is not."""
 
 # fmt: off
 _ADAPTERS_KNOWN = frozenset({

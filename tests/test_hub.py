@@ -220,7 +220,7 @@ def test_an_adapter_of_a_repository_is_imported(hub, name, tmp_path, subfolder):
     assert_close(bank.get(ref).delta("a"), delta)
     card = bank.card(ref)
     source = {"repository": name, "commit": first, **({"subfolder": subfolder} if subfolder else {})}
-    assert (card.conf["a"], card.conf["source"]) == (1, source)
+    assert card.conf == {"a": 1, "source": source, "import": {"format": "PEFT", "scale": 1.0, "lints": []}}
     assert card.base["name"] == "org/base"
     assert card.notes == f"Imported from the PEFT adapter '{name}{subfolder and '/'}{subfolder}'."
     assert bank.verify() == []
@@ -233,13 +233,18 @@ def test_a_folder_goes_before_a_repository(hub, name, tmp_path, monkeypatch):
     hub.asked.clear()
     bank = Bank(tmp_path / "bank")
     ref = sb.import_adapter(name, bank, "mine/walk", subfolder="in")
-    assert ("source" in bank.card(ref).conf, hub.asked) == (False, [])
+    assert (set(bank.card(ref).conf), hub.asked) == ({"import"}, [])
     with pytest.raises(
         ValueError, match=r"revision 'main' of 'user/.*': only a repository on the Hub, such as 'user/repo', has revisions; leave it out"
     ):
         sb.import_adapter(name, bank, "mine/walk", revision="main")
     with pytest.raises(FileNotFoundError, match="no adapter folder at '/no/where': give a local folder"):
         sb.import_adapter("/no/where", bank, "mine/walk")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/expert.ckpt").touch()
+    with pytest.raises(ValueError, match=r"stored as pickle \(expert.ckpt\)"):
+        sb.import_adapter("some/expert.ckpt", bank, "mine/walk")
+    assert hub.asked == []
 
 
 def test_what_a_repository_does_not_have(hub, name, tmp_path):
@@ -257,17 +262,35 @@ def test_what_a_repository_does_not_have(hub, name, tmp_path):
         sb.import_adapter(name, bank, "mine/walk", subfolder="three")
     hub.commit(("models", name), "gone", {"x": b""})
     hub.commits["models", name][-1][2].clear()
-    with pytest.raises(FileNotFoundError, match=r"'user/.*' holds no adapter in its root, which takes .*: it is no PEFT adapter$"):
+    with pytest.raises(FileNotFoundError, match=r"'user/.*' holds no adapter in its root, which takes .*: it is none that skillbank reads$"):
         sb.import_adapter(name, bank, "mine/walk")
 
 
-def test_pickle_is_refused_and_not_downloaded(hub, name, tmp_path):
-    hub.create(("models", name), {"x/adapter_config.json": b"{}", "x/adapter_model.bin": b"pickle"})
-    with pytest.raises(
-        ValueError, match=r"'user/.*': x/adapter_model.bin is stored as pickle, which can run code when it is read: load it with PEFT"
-    ):
+@pytest.mark.parametrize("pickle", ["adapter_model.bin", "pytorch_adapter.bin", "expert.ckpt"])
+def test_pickle_is_refused_and_not_downloaded(hub, name, tmp_path, pickle):
+    hub.create(("models", name), {"x/adapter_config.json": b"{}", f"x/{pickle}": b"pickle"})
+    with pytest.raises(ValueError, match=rf"'user/.*' has its weights as pickle \(x/{pickle}\), which can run code when it is read: load them where"):
         sb.import_adapter(name, Bank(tmp_path / "bank"), "mine/walk", subfolder="x")
-    assert not any("adapter_model.bin" in each for each in hub.asked)
+    with pytest.raises(FileNotFoundError, match=r"'user/.*' holds no adapter in its root, which takes .*: name the subfolder, there is x$"):
+        sb.import_adapter(name, Bank(tmp_path / "bank"), "mine/walk")
+    assert not any(pickle in each for each in hub.asked)
+
+
+@pytest.mark.parametrize("kind", ["adapters-bert", "peft-svd"])
+def test_other_formats_of_a_repository_are_imported(hub, name, tmp_path, kind):
+    folder = Path(__file__).parent / "golden/formats" / kind
+    commit = hub.create(("models", name), files_of(folder))
+    bank = Bank(tmp_path / "bank")
+    ref = sb.import_adapter(name, bank, "theirs/walk")
+    assert bank.card(ref).hash == bank.card(sb.import_adapter(str(folder), bank, "ours/walk")).hash
+    assert bank.card(ref).conf["source"] == {"repository": name, "commit": commit}
+
+
+def test_a_prediction_head_of_a_repository_is_seen(hub, name, tmp_path):
+    files = files_of(Path(__file__).parent / "golden/formats/adapters-bert")
+    hub.create(("models", name), {**files, "head_config.json": b"{}"})
+    with pytest.raises(ValueError, match=r"head_config.json: it carries a prediction head"):
+        sb.import_adapter(name, Bank(tmp_path / "bank"), "mine/walk")
 
 
 def test_on_the_command_line(hub, name, bank, tmp_path, monkeypatch, capsys):
