@@ -79,6 +79,16 @@ def test_what_a_version_stands_on_comes_first(bank, url):
     assert [name for name, _ in Remote(url).names()] == ["walker/both", "walker/run", "walker/stand", "walker/walk"]
 
 
+def test_what_an_alias_points_at_travels_with_it(bank, url, tmp_path):
+    other = Bank(tmp_path / "other-bank")
+    skill = bank.put(skill_of(7), "alone")
+    bank.put(skill_of(8), "alone")
+    bank.alias("alone", "best", 1)
+    assert [str(ref) for ref in bank.push(url, "alone@2")] == ["alone@2", str(skill)]
+    assert other.pull(url, "alone@2")[1:] == [skill]
+    assert other.verify() == []
+
+
 def test_one_version_by_alias(bank, url, tmp_path):
     bank.push(url)
     other = Bank(tmp_path / "other-bank")

@@ -30,7 +30,7 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     """See `Bank.push`."""
     remote = Remote(url)
     there = BankReader(remote)
-    wanted = closure(bank, refs)
+    wanted = _wanted(bank, refs)
     write = remote.writer()
     numbers = {name: there.versions(name) for name in dict.fromkeys(ref.name for ref in wanted)}
     theirs = {name: there.moves(name) for name in numbers}
@@ -54,7 +54,7 @@ def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     """See `Bank.pull`."""
     remote = Remote(url)
     there = BankReader(remote)
-    wanted = closure(there, refs)
+    wanted = _wanted(there, refs)
     theirs: dict[str, list[Move]] = {name: there.moves(name) for name in dict.fromkeys(ref.name for ref in wanted)}
     for name, moves in theirs.items():
         join(name, bank.moves(name), moves)
@@ -73,6 +73,14 @@ def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
             take(bank.root / name, name, moves)
     done(len(wanted), len(wanted))
     return got
+
+
+def _wanted(bank: BankReader, refs: Sequence[str | Ref]) -> list[Ref]:
+    """Versions, all where none is named, what they stand on, and what the aliases of their names point at: aliases travel as a whole."""
+    found = closure(bank, refs)
+    aliased = {Ref(name, number) for name in {ref.name for ref in found} for number in bank.aliases(name).values()}
+    more = sorted((ref for ref in aliased - {*found} if bank.place.has(ref)), key=str)
+    return _wanted(bank, [*found, *more]) if more else found
 
 
 def _files(bank: Bank, ref: Ref) -> dict[str, Path | bytes]:
