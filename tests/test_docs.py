@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from skillbank import cli
 
@@ -30,6 +31,7 @@ def test_every_example_of_the_bank_page(tmp_path, monkeypatch):
                     cli.main()
                 assert stop.value.code == 0, line
                 commands += 1
+    wandb.teardown()  # it reads the environment once
     assert commands > 10
     assert [str(ref) for ref in names["bank"].dependents("walker/walk")]
     assert names["good"]
