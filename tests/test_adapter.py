@@ -202,6 +202,15 @@ def patch(folder, **changes):
         ({"rank_pattern": {"(": 2}}, r"rank_pattern key '\(' is no regular expression"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\] must map"),
         ({"lora_alpha": "x"}, "alpha_pattern gives 'x' for module 'net.0'"),
+        ({"lora_alpha": 10**400}, "alpha_pattern gives 1000+ for module 'net.0'"),
+        ({"lora_alpha": 1e999}, "alpha_pattern gives inf for module 'net.0'"),
+        ({"rank_pattern": {"(n+)+x": 2}}, r"rank_pattern key '\(n\+\)\+x' may take for ever to match"),
+        ({"rank_pattern": {"(n|ne)*x": 2}}, "may take for ever to match"),
+        ({"rank_pattern": {"n?" * 40 + "x": 2}}, "may take for ever to match"),
+        ({"rank_pattern": {"(n|n)" * 40 + "x": 2}}, "may take for ever to match"),
+        ({"rank_pattern": {".*" * 300 + "x": 2}}, "may take for ever to match"),
+        ({"rank_pattern": {"(.)\\1+x": 2}}, "may take for ever to match"),
+        ({"rank_pattern": {"n{99999999999}": 2}}, "is no regular expression"),
     ],
 )
 def test_configs_that_are_refused(tmp_path, change, message):
@@ -209,6 +218,22 @@ def test_configs_that_are_refused(tmp_path, change, message):
     patch(tmp_path, **change)
     with pytest.raises(ValueError, match=message):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^net\.0",
+        r".*\.net\.0|net\.\d+",
+        r"(model\.)?(layers|net)\.[0-9]+",
+        "(" + "layer|" * 40 + r"net)\.0",
+        r"n.*t\.\d{1,3}",
+    ],
+)
+def test_patterns_that_are_read(tmp_path, pattern):
+    write_adapter(tower_skill(("net.0",)), tmp_path)
+    patch(tmp_path, r=7, rank_pattern={pattern: tower_skill(("net.0",)).ranks["net.0"]})
+    assert list(read_adapter(tmp_path)) == ["net.0"]
 
 
 P = "base_model.model."

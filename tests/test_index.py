@@ -198,6 +198,29 @@ def test_a_version_is_hashed_once(bank, hashed, monkeypatch, process):
     assert get().fingerprint == skill_of(1).fingerprint
 
 
+def test_a_version_that_changes_while_it_is_read_is_not_believed(bank, monkeypatch):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    ref = bank.resolve("walker/walk@1")
+    path = bank.path(ref) / "adapter_model.safetensors"
+    assert not bank.place.trusted(ref)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    bank.place.trust(ref)
+    assert not bank.place.trusted(ref)
+    with pytest.raises(ValueError, match=r"walker/walk@1: adapter_model.safetensors does not match the hash in its card"):
+        bank.get(ref)
+
+
+def test_time_stamps_that_come_again_do_not_hide_a_version(bank, monkeypatch):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    listed(bank)
+    folder = bank.root / "walker/walk"
+    stamp = folder.stat()
+    bank.put(skill_of(9), "walker/walk")
+    os.utime(folder, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert listed(bank) == plain(bank)
+    assert bank.list(pattern="walker/walk")[-1].ref == Ref("walker/walk", 3)
+
+
 def test_a_version_that_was_just_written_is_not_believed(bank, hashed):
     bank.get("walker/walk@1")
     bank.get("walker/walk@1")

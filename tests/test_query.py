@@ -28,6 +28,10 @@ CARD = Card(kind="skill", hash="ab", files={}, metrics={"return": 512.5, "loss":
         ("metrics.none != 1", False),
         ("kind < 3", False),
         ("kind != 3", True),
+        ("tags < a", False),
+        ("tags != a", True),
+        ("metrics.loss >= a", False),
+        ("metrics = 1", False),
     ],
 )
 def test_conditions(text, holds):

@@ -87,8 +87,9 @@ class BankReader:
             ValueError: the file of the aliases is damaged.
 
         """
+        check_name(name)
         try:
-            return self.place.moves(check_name(name))
+            return self.place.moves(name)
         except ValueError as error:
             raise ValueError(f"{name}: {ALIASES_FILE} {error}") from None
 

@@ -82,7 +82,7 @@ def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
     """Remove what interrupted writers and removers left behind; returns it. Writers that are still at it are left alone."""
     left: list[Path] = []
     for here, folders, files in os.walk(bank.root):
-        folder = Path(here)
+        folder, before = Path(here), len(left)
         left += [path for path in sorted(folder / name for name in (*folders, *files) if name.startswith(TEMPORARY)) if _free(path, dry_run)]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if any(name.startswith(ALIASES_TEMPORARY) for name in files):
@@ -96,6 +96,8 @@ def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
             left.append(folder / PARTIAL_FILE)
             if not dry_run:
                 (folder / PARTIAL_FILE).unlink()
+        if len(left) > before and not dry_run:
+            fsync(folder)
     return sorted(left)
 
 
@@ -105,7 +107,10 @@ def _free(path: Path, dry_run: bool) -> bool:
     try:
         with locked(lock_of(folder), wait=False):
             if not dry_run:
-                folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
+                if folder.is_symlink() or folder.is_file():
+                    folder.unlink()
+                elif folder.exists():
+                    shutil.rmtree(folder)
                 lock_of(folder).unlink(missing_ok=True)
     except TimeoutError:
         return False

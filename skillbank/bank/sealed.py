@@ -78,13 +78,16 @@ def read_plain(path: Path) -> bytes:
         if path.is_symlink() or path.is_dir():
             raise ValueError("is no plain file") from None
         raise error
-    with open(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("is no plain file")
         if found.st_size > _LARGEST:
             raise ValueError(f"has {found.st_size} bytes, more than the {_LARGEST} that are read")
-        return file.read()
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def verify(bank: BankReader, ref: str | Ref | None, *, done: Callable[[int, int]
     done(0, len(refs))
     with ThreadPoolExecutor(workers) as pool:  # hashing and reading let go of the interpreter's lock
         for count, found in enumerate(pool.map(lambda each: list(_check_version(bank, each)), refs), 1):
-            problems += found
+            problems += found if not found or bank.place.has(refs[count - 1]) else []  # it may have been removed meanwhile
             done(count, len(refs))
     problems += _check_circle(bank, refs)
     return _with_affected(bank, problems) if problems else []
@@ -181,5 +181,5 @@ def _check_aliases(bank: BankReader, name: str, numbers: list[int]) -> Iterator[
         yield Problem(name, "aliases.json", str(error).removeprefix(f"{name}: aliases.json "))
         return
     for alias, number in aliases.items():
-        if number not in numbers:
+        if number not in numbers and not bank.place.has(Ref(name, number)):
             yield Problem(name, "aliases.json", f"points {alias!r} at version {number}, which is not in the bank")
