@@ -33,13 +33,21 @@ def test_a_quick_cell_of_the_experiment():
     assert "S+W->R/sto3/nsec" in done.stdout
 
 
-def test_a_bank_survives_kills():
+def test_a_bank_survives_faults():
     done = run("benchmarks.bank_faults", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "every file operation" in line]
-    assert len(rows) == 7
-    assert all(int(row[2]) > 0 and row[3:] == ["0", "0", "0"] for row in rows)
-    assert "put again" in run("benchmarks.bank_faults", "--from-results").stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "killed at" in line]
+    assert len(rows) == 16
+    assert all(int(row[2]) > 0 and row[3:] == ["0"] * 4 for row in rows)
+    assert "a rename works and reports a failure" in done.stdout
+    stored = run("benchmarks.bank_faults", "--from-results").stdout
+    for table in ("| put again ", "| the clock jumps to and fro ", "| tombstone.json ", "| writers | readers |", "| p50, ms |"):
+        assert table in stored
+
+
+def test_fuzzing_says_what_it_needs():
+    assert "| adapter " in run("benchmarks.bank_fuzz", "--from-results").stdout
+    assert "no parser nothing: there is ref, where, card" in run("benchmarks.bank_fuzz", "nothing").stderr
 
 
 def test_rollout_times_and_errors():
