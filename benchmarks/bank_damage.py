@@ -87,7 +87,7 @@ def damage(count: int, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def clock(steps: int, folder: Path) -> dict[str, Any]:
-    """Put, remove and list while the clock, whole seconds of it, jumps to and fro: listings are compared with what lies in the folders.
+    """Put, remove and list while the clock, whole seconds of it, jumps back and forth: listings are compared with what lies in the folders.
 
     The clocks of the index and of the cards and the time stamps of folders are played: no process may set the real one.
     """
@@ -115,4 +115,4 @@ def clock(steps: int, folder: Path) -> dict[str, Any]:
             lost += not all(bank.place.has(sb.Ref.parse(ref)) for ref in expected)
         problems = bank.verify()
     found = {"damaged": len(problems), "lost": lost, "repeat failed": wrong, "other errors": 0}
-    return {"operation": "put, remove, list", "fault": "the clock jumps to and fro", "met": steps, **found}
+    return {"operation": "put, remove, list", "fault": "the clock jumps back and forth", "met": steps, **found}

@@ -41,7 +41,7 @@ def test_a_bank_survives_faults():
     assert all(int(row[2]) > 0 and row[3:] == ["0"] * 4 for row in rows)
     assert "a rename works and reports a failure" in done.stdout
     stored = run("benchmarks.bank_faults", "--from-results").stdout
-    for table in ("| put again ", "| the clock jumps to and fro ", "| tombstone.json ", "| writers | readers |", "| p50, ms |"):
+    for table in ("| put again ", "| the clock jumps back and forth ", "| tombstone.json ", "| writers | readers |", "| p50, ms |"):
         assert table in stored
 
 
