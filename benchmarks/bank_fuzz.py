@@ -56,15 +56,15 @@ def sealed(text: bytes) -> bytes:
     return text + END % hashlib.sha256(text + END % (b"0" * 64)).hexdigest().encode()
 
 
-def checks(folder: Path) -> Mapping[str, Check]:
+def checks(folder: Path) -> dict[str, Check]:
     """What is asked of every parser: it refuses what it cannot read by a ValueError, and keeps what it can."""
-    from skillbank.adapter import read_adapter, write_adapter
-    from skillbank.bank.aliases import parse_moves, table, to_bytes
+    return {**_of_texts(), **_of_sealed(), **_of_files(folder)}
+
+
+def _of_texts() -> dict[str, Check]:
     from skillbank.bank.card import Card
     from skillbank.bank.query import Where
-    from skillbank.bank.records import Composition, read_payload
     from skillbank.bank.refs import Ref
-    from skillbank.bank.removal import parse_tombstone
 
     example = Card.from_bytes(sealed(CARD))
 
@@ -76,6 +76,15 @@ def checks(folder: Path) -> Mapping[str, Check]:
 
     def where(data: bytes) -> None:
         assert isinstance(Where.parse(data.decode(errors="surrogateescape"))(example), bool)
+
+    return {"ref": ref, "where": where}
+
+
+def _of_sealed() -> dict[str, Check]:
+    from skillbank.bank.aliases import parse_moves, table, to_bytes
+    from skillbank.bank.card import Card
+    from skillbank.bank.refs import Ref
+    from skillbank.bank.removal import parse_tombstone
 
     def card(data: bytes) -> None:
         found = Card.from_bytes(data)
@@ -90,6 +99,20 @@ def checks(folder: Path) -> Mapping[str, Check]:
     def tombstone(data: bytes) -> None:
         assert {"kind", "hash", "reason", "when"} < set(parse_tombstone(data))
 
+    def resealed(check: Check) -> Check:
+        def run(data: bytes) -> None:
+            quiet(check)(data)
+            check(sealed(data))
+
+        return run
+
+    return {"card": resealed(card), "moves": resealed(moves), "tombstone": resealed(tombstone)}
+
+
+def _of_files(folder: Path) -> dict[str, Check]:
+    from skillbank.adapter import read_adapter, write_adapter
+    from skillbank.bank.records import Composition, read_payload
+
     def composition(data: bytes) -> None:
         (folder / "composition.json").write_bytes(data)
         assert isinstance(read_payload("composition", folder), Composition)
@@ -103,22 +126,7 @@ def checks(folder: Path) -> Mapping[str, Check]:
             write_adapter(found, again)
             assert read_adapter(again).fingerprint == found.fingerprint
 
-    def resealed(check: Check) -> Check:
-        def run(data: bytes) -> None:
-            quiet(check)(data)
-            check(sealed(data))
-
-        return run
-
-    return {
-        "ref": ref,
-        "where": where,
-        "card": resealed(card),
-        "moves": resealed(moves),
-        "tombstone": resealed(tombstone),
-        "composition": composition,
-        "adapter": adapter,
-    }
+    return {"composition": composition, "adapter": adapter}
 
 
 def quiet(check: Check) -> Check:

@@ -90,7 +90,7 @@ def read_adapter(folder: str | Path, *, trusted: bool = False) -> Skill:
     config = _read_config(folder)
     try:
         _check_config(config)
-        factors, embeddings = _pair(load_tensors(folder / WEIGHTS_FILE)[0])
+        factors, embeddings = _pair(load_tensors(folder / WEIGHTS_FILE, trusted=trusted)[0])
         return Skill({name: _fold(name, pair, config) for name, pair in factors.items()}, embeddings, finite=trusted)
     except ValueError as error:
         raise ValueError(f"adapter {str(folder)!r}: {error}") from None
