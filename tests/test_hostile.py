@@ -205,12 +205,12 @@ LINK = {"ref": "walker/stand@1", "hash": "ab", "name": None, "fingerprint": None
 @pytest.mark.parametrize(
     ("ref", "files", "fields", "message"),
     [
-        ("walker/walk@1", {"adapter_model.bin": b"\x80\x04."}, {}, r"names the files \['README.md', .*'adapter_model.bin'.* a skill has"),
-        ("walker/walk@1", {"adapter_model.bin": b"\x80\x04.", "adapter_model.safetensors": None}, {}, "names the files .* a skill has"),
+        ("walker/walk@1", {"adapter_model.bin": b"\x80\x04."}, {}, r"names the files \['README.md', .*'adapter_model.bin'.* not those of a skill"),
+        ("walker/walk@1", {"adapter_model.bin": b"\x80\x04.", "adapter_model.safetensors": None}, {}, "names the files .* not those of a skill"),
         ("walker/stand@1", {"model.pkl": b"\x80\x04."}, {}, r"names the files .*'model.pkl'"),
         ("walker/walk@1", {"setup.py": b""}, {}, "names the files .*'setup.py'"),
         ("walker/walk@1", {}, {"files": {}}, r"names the files \[\]"),
-        ("walker/walk@1", {}, {"kind": "base"}, "names the files .*, a base has"),
+        ("walker/walk@1", {}, {"kind": "base"}, "names the files .*, which are not those of a base"),
         ("walker/walk@1", {}, {"kind": ["skill"]}, r"has a value of the wrong type in \['kind'\]"),
         ("walker/walk@1", {}, {"hash": "ab" * 32}, "has a content hash that its own files do not give"),
         ("walker/walk@1", {}, {"base": {**LINK, "ref": "../../x@1"}}, "has a base that is no ref, hash, name and fingerprint"),

@@ -48,10 +48,8 @@ def scan(folder: str | Path) -> Listing:
 
 
 def numbers(folder: str | Path) -> list[int]:
-    """Numbers of the folders of a name, highest first, whatever they hold."""
-    with os.scandir(folder) as entries:
-        found = [parse_version(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return sorted((number for number in found if number is not None), reverse=True)
+    """Numbers that name something in the folder of a name, highest first, whatever it is."""
+    return sorted((number for each in os.listdir(folder) if (number := parse_version(each)) is not None), reverse=True)
 
 
 def is_version(folder: str | Path) -> bool:

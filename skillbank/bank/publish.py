@@ -127,8 +127,9 @@ def _is_same(bank: Bank, other: Entry, card: Card) -> bool:
 
 
 def _last_taken(parent: Path) -> int:
-    """Highest number of a version of a name that is, or was; 0 if there is none."""
+    """Highest number of a version of a name that is, or was, or that something else lies at; 0 if there is none."""
     for number in numbers(parent):
-        if any(not each.name.startswith(".") for each in (parent / str(number)).iterdir()):
+        path = parent / str(number)
+        if path.is_symlink() or not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir()):
             return number
     return 0
