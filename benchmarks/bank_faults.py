@@ -210,13 +210,16 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Ro
 
 
 def tables(rows: list[Row]) -> str:
-    """All tables; faults are summed over the operations."""
+    """All tables; kills with their sums, and other faults summed over the operations."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["table"], []).append(row["values"])
     found["faults"] = [
         _summed([row for row in found["faults"] if row["fault"] == fault]) for fault in dict.fromkeys(row["fault"] for row in found["faults"])
     ]
+    for fault in dict.fromkeys(row["fault"] for row in found["kills"]):
+        total = _summed([row for row in found["kills"] if row["fault"] == fault])
+        found["kills"].append({**total, "operation": f"all {total['operations']}"})
     return "\n\n".join(markdown(each) for each in found.values())
 
 

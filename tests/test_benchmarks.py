@@ -37,7 +37,7 @@ def test_a_bank_survives_faults():
     done = run("benchmarks.bank_faults", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "killed at" in line]
-    assert len(rows) == 16
+    assert len(rows) == 18
     assert all(int(row[2]) > 0 and row[3:] == ["0"] * 4 for row in rows)
     assert "a rename works and reports a failure" in done.stdout
     stored = run("benchmarks.bank_faults", "--from-results").stdout
