@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def stress(seconds: float, each: int, folder: Path) -> Iterator[tuple[str, dict[
     wrong = [text for journal in journals for text in journal["wrong"]] + [f"a process ended with {code}" for code in codes if code]
     wrong += _compared(bank, journals)
     for text in wrong[:20]:
-        print(text)
+        print(text, file=sys.stderr)
     times = {name: [time for journal in journals for time in journal["times"].get(name, ())] for name in ("put", "alias", "remove", *_READS)}
     counts = {"writers": each, "readers": each, "seconds": seconds, "versions": sum(len(journal["put"]) for journal in journals)}
     yield "stress", {**counts, "removed": sum(len(journal["removed"]) for journal in journals), "reads": len(times["get"]), "wrong": len(wrong)}

@@ -210,6 +210,14 @@ def test_a_version_that_changes_while_it_is_read_is_not_believed(bank, monkeypat
         bank.get(ref)
 
 
+def test_what_is_removed_while_it_is_listed_is_gone(bank, monkeypatch, time_stamps):
+    read = indexing._read
+    monkeypatch.setattr(indexing, "_read", lambda path: (shutil.rmtree(path.parent), path.parent.mkdir(), read(path))[2])
+    assert listed(bank) == []
+    monkeypatch.undo()
+    assert listed(bank) == plain(bank) == []
+
+
 def test_time_stamps_that_come_again_do_not_hide_a_version(bank, monkeypatch):
     monkeypatch.setattr(indexing, "_SETTLED", 0)
     listed(bank)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from skillbank.bank.card import CARD_FILE, Card
-from skillbank.bank.layout import below, scan
+from skillbank.bank.layout import below, is_version, scan
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import read_plain
 
@@ -221,18 +221,21 @@ def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: str) -> tupl
     """Folders below this one, and what has to change in the tables for it."""
     versions, deeper, arriving = scan(root / name)
     known = dict(file.execute("SELECT number, CASE problem WHEN '' THEN stamp END FROM version WHERE name = ?", (name,)))
-    gone = [(name, number) for number in set(known) - set(versions)]
-    changes: list[_Change] = [(f"DELETE FROM {table} WHERE name = ? AND number = ?", each) for each in gone for table in ("version", "card")]
-    trusted = not arriving
+    gone, trusted = set(known) - set(versions), not arriving
+    changes: list[_Change] = []
     for number in versions:
         folder = root / name / str(number)
         now = _stamp(os.stat(folder))
         if known.get(number) != now:
             data, problem = _read(folder / CARD_FILE)
+            if data is None and not is_version(folder):  # it was removed since the folder was looked into
+                gone.add(number)
+                continue
             made = Entry.of(Ref(name, number), data, lambda _: b"", problem)
             changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*made[:6], _sum(*made[:6]), now)))
             changes.append(("INSERT OR REPLACE INTO card VALUES (?, ?, ?, ?)", (name, number, data or b"", zlib.crc32(data or b""))))
             trusted &= not made.problem
+    changes += [(f"DELETE FROM {table} WHERE name = ? AND number = ?", (name, number)) for number in gone for table in ("version", "card")]
     changes.append(("INSERT OR REPLACE INTO folder VALUES (?, ?)", (name, stamp if trusted else "")))
     return below(name, deeper), changes
 
