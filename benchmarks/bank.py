@@ -7,6 +7,7 @@ python -m benchmarks.bank --from-results     the stored tables
 
 Medians of repeats in one process, peers in turns, files in the page cache.
 Limits are measured beside: `safetensors.safe_open` for get, writing, flushing and hashing the same bytes for put, SHA-256 alone for verify.
+The peer is mttl's local library, where it can be imported (benchmarks/mttl_library.py says how).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from safetensors import safe_open
 
 import skillbank as sb
+from benchmarks import mttl_library
 from skillbank.bank.card import content_hash
 from skillbank.report import markdown
 
@@ -119,7 +121,7 @@ def growth(size: int, folder: Path) -> dict[str, float]:
         "first index, s": first / 1e3,
     }
     assert len(bank.list(where=[f"metrics.return < {size / 10}"])) == -(-size // 10)
-    return found
+    return found | mttl_library.growth(size, folder, skill(0).factors)
 
 
 def reading(width: int, rank: int, folder: Path) -> dict[str, float]:
@@ -146,14 +148,13 @@ def reading(width: int, rank: int, folder: Path) -> dict[str, float]:
     data = path.read_bytes()
     count = iter(range(10**6))
 
-    def written() -> None:
+    def written() -> None:  # and kept, as a put is: a file in the memory of one that was removed is written several times as fast
         target = folder / f"bytes-{next(count)}"
         with target.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         hashlib.sha256(data).hexdigest()
-        target.unlink()
 
     skills = iter([skill(10 + i, width, rank, modules=16) for i in range(10)])
     get, opened, get_ratio = paired(ours, theirs)

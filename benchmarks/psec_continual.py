@@ -175,14 +175,17 @@ class Study:
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 
     def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
-        """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action."""
+        """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action.
+
+        A step samples with every member, so batches are of 64; the other rows' are of 256 and more.
+        """
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
         policy = cast("DiffusionPolicy", model)
         policy.temperature = 1.0
         torch.manual_seed(self.seed)
         level = kind(policy, skills)
         steps = 5 if self.overrides else 1001
-        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=256, seed=self.seed)
+        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=64, seed=self.seed)
         folder = self.folder / kind.__name__ / self.setting / f"seed-{self.seed}" / scenario
         options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
