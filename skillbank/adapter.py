@@ -69,6 +69,7 @@ _FOREIGN_KEYS = {
     "token_adapter": f"trainable_token_indices: {_REFUSED['trainable_token_indices']}",
     ".base_layer.": "it is a weight of the base or an adapter inside one; save with save_embedding_layers=False and target plain layers",
 }
+_FOREIGN_KEY = re.compile("|".join(map(re.escape, _FOREIGN_KEYS)))
 
 
 def read_adapter(folder: str | Path, *, trusted: bool = False) -> Skill:
@@ -217,9 +218,8 @@ def _pair(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factor], frozenset[s
     halves: dict[str, dict[str, Tensor]] = {}
     tables: dict[str, bool] = {}
     for key, tensor in tensors.items():
-        for part, reason in _FOREIGN_KEYS.items():
-            if part in key:
-                raise ValueError(f"tensor {key!r} belongs to no plain LoRA factor, {reason}")
+        if foreign := _FOREIGN_KEY.search(key):
+            raise ValueError(f"tensor {key!r} belongs to no plain LoRA factor, {_FOREIGN_KEYS[foreign[0]]}")
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
         if not match:
             raise ValueError(f"tensor {key!r} fits no LoRA factor: only lora_A, lora_B, lora_embedding_A and lora_embedding_B are read")

@@ -68,7 +68,7 @@ def below(name: str, deeper: list[str]) -> list[str]:
 def is_linked(root: Path, name: str) -> bool:
     """Whether a link stands on the way to the folder of a name."""
     parts = name.split("/")
-    return any(os.path.islink(root.joinpath(*parts[:count])) for count in range(1, len(parts) + 1))
+    return any(os.path.islink(os.path.join(root, *parts[:count])) for count in range(1, len(parts) + 1))
 
 
 def strays(root: Path) -> Iterator[tuple[str, str, str]]:
