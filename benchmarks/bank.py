@@ -34,6 +34,7 @@ from safetensors import safe_open
 import skillbank as sb
 from benchmarks import mttl_library
 from skillbank.bank.card import content_hash
+from skillbank.bank.sealed import file_digest
 from skillbank.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "bank.jsonl"
@@ -149,7 +150,7 @@ def reading(width: int, rank: int, folder: Path) -> dict[str, float]:
     count = iter(range(10**6))
 
     def written() -> None:  # and kept, as a put is: a file in the memory of one that was removed is written several times as fast
-        target = folder / f"bytes-{next(count)}"
+        target = folder / f"bytes-{width}-{next(count)}"
         with target.open("xb") as file:
             file.write(data)
             file.flush()
@@ -168,7 +169,7 @@ def reading(width: int, rank: int, folder: Path) -> dict[str, float]:
         "write + flush + hash, ms": plain,
         "put / (write + flush + hash)": put_ratio,
         "verify, MB/s": 0.0,
-        "sha256, MB/s": len(data) / 1e3 / median_ms(lambda: hashlib.sha256(data).hexdigest()),
+        "sha256 of the file, MB/s": len(data) / 1e3 / median_ms(lambda: file_digest(path)),
     }
     total = sum(each.stat().st_size for each in bank.root.rglob("*") if each.is_file()) / 1e6
     row["verify, MB/s"] = total / median_ms(lambda: bank.verify(workers=1), 5) * 1e3
