@@ -74,7 +74,8 @@ OPTIONAL = [
     "typer",
     "wandb",
 ]
-FILE_LINES, FUNCTION_LINES = 400, 60
+CEILINGS = {"": (400, 60), "bank": (350, 50)}
+"""Lines of a file and of a function; fewer in the bank."""
 
 
 def test_the_tables_above_are_complete():
@@ -202,10 +203,11 @@ def test_ceilings():
     scripts = [ROOT / "train.py", ROOT / "compose.py", *(ROOT / "benchmarks").glob("*.py")]
     for path in [*FILES.values(), PACKAGE / "__init__.py", *scripts]:
         text = path.read_text()
-        assert len(text.splitlines()) <= FILE_LINES, path
+        lines, body = CEILINGS["bank" if path.parent == PACKAGE / "bank" else ""]
+        assert len(text.splitlines()) <= lines, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert body_lines(node) <= FUNCTION_LINES, f"{path}: {node.name}"
+                assert body_lines(node) <= body, f"{path}: {node.name}"
 
 
 def test_no_python_in_the_bank():
