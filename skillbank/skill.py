@@ -21,7 +21,7 @@ from torch import Tensor
 
 from skillbank.certificate import Certificate
 
-__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "distance", "gram", "stack", "truncate"]
+__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "distance", "from_cores", "gram", "modules_of", "promote", "stack", "truncate"]
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Factor = tuple[Tensor, Tensor]
@@ -157,11 +157,6 @@ class Core:
     cores: Tensor
     shape: torch.Size
 
-    def svd(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Thin SVD of `sum_k weights_k delta_k`: U (O, Q), S (Q,) descending, V (I', Q)."""
-        u, s, vh = torch.linalg.svd(torch.einsum("k,kpq->pq", weights.to(self.cores), self.cores), full_matrices=False)
-        return self.left @ u, s, self.right @ vh.mT
-
     def factor(self, u: Tensor, s: Tensor, v: Tensor) -> Factor:
         """Balanced factors (sqrt(S) on both sides) of `U S V^T`."""
         root = s.clamp_min(0).sqrt()
@@ -216,13 +211,13 @@ def stack(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
     for name in modules_of(skills):
         pairs = [(*skill[name], w) for skill, w in zip(skills, values, strict=True) if name in skill]
         _check_shapes(name, [(a, b) for a, b, _ in pairs])
-        dtype = _promote([a for a, _, _ in pairs])
+        dtype = promote([a for a, _, _ in pairs])
         a = torch.cat([a.to(dtype) for a, _, _ in pairs], dim=0)
         factors[name] = (a, torch.cat([(b if w == 1.0 else b * w).to(dtype) for _, b, w in pairs], dim=1))
     return Skill(factors, frozenset().union(*(skill.embeddings for skill in skills)))
 
 
-def truncate(skill: Skill, *, rank: int | None = None, error: float | None = None) -> Skill:
+def truncate(skill: Skill, *, rank: int | None = None, error: float | None = None, budget: int | None = None) -> Skill:
     """Optimal low-rank form of a skill (Eckart-Young, in the QR core), in balanced factors.
 
     Args:
@@ -230,26 +225,63 @@ def truncate(skill: Skill, *, rank: int | None = None, error: float | None = Non
         rank: keep at most this many singular values per module.
         error: keep the fewest singular values over all modules together with `||delta - kept||_F <= error * ||delta||_F` in total, so that
             rank goes where the energy is; at least one per module. In [0, 1).
+        budget: keep this many singular values over all modules together, the largest; at least one per module.
 
     Raises:
-        ValueError: neither or both of rank and error, or values out of range.
+        ValueError: not exactly one of rank, error and budget, or values out of range.
 
     """
-    if (rank is None) == (error is None):
-        raise ValueError(f"give either a rank or an error, got rank={rank} and error={error}")
+    if (rank, error, budget).count(None) != 2:
+        raise ValueError(f"give either a rank, an error or a budget, got rank={rank}, error={error} and budget={budget}")
+    parts = {name: (each, each.cores[0], skill[name][0].dtype) for name in skill for each in [core([skill], name)]}
+    return from_cores(parts, skill.embeddings, rank=rank, error=error, budget=budget)
+
+
+def from_cores(
+    parts: Mapping[str, tuple[Core, Tensor, torch.dtype]],
+    embeddings: frozenset[str] = frozenset(),
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    budget: int | None = None,
+) -> Skill:
+    """Skill whose deltas are `Q_B C Q_A^T`, in balanced factors of their singular values.
+
+    Args:
+        parts: per module the bases, C (P, P') in them, and the dtype of the factors.
+        embeddings: see `Skill`.
+        rank: see `truncate`, as `error` and `budget`. Without any of them all singular values that are not rounding are kept.
+        error: a share of the norm.
+        budget: ranks in total.
+
+    Raises:
+        ValueError: values out of range, or several of them.
+
+    """
+    if (rank, error, budget).count(None) < 2:
+        raise ValueError(f"give one of rank, error and budget, got rank={rank}, error={error} and budget={budget}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if error is not None and not 0 <= error < 1:
         raise ValueError(f"error is a share of the norm in [0, 1), got {error}")
-    cores = {name: core([skill], name) for name in skill}
-    parts = {name: each.svd(torch.ones(1)) for name, each in cores.items()}
-    keep = {name: min(rank or len(s), len(s)) for name, (_, s, _) in parts.items()} if error is None else _spread(parts, error)
+    if budget is not None and budget < len(parts):
+        raise ValueError(f"a budget of {budget} ranks is too small for {len(parts)} modules, which keep one each: give more")
+    svds = {name: torch.linalg.svd(matrix, full_matrices=False) for name, (_, matrix, _) in parts.items()}
+    values = {name: s for name, (_, s, _) in svds.items()}
+    if rank is not None:
+        keep = {name: min(rank, len(s)) for name, s in values.items()}
+    elif error is not None:
+        keep = _within(values, error)
+    elif budget is not None:
+        keep = _largest(values, budget)
+    else:
+        keep = {name: max(1, int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())) for name, s in values.items()}
     factors: dict[str, Factor] = {}
-    for name, (u, s, v) in parts.items():
-        q, like = keep[name], skill[name][0]
-        a, b = cores[name].factor(u[:, :q], s[:q], v[:, :q])
-        factors[name] = (a.to(like.dtype), b.to(like.dtype))
-    return Skill(factors, skill.embeddings)
+    for name, (bases, _, dtype) in parts.items():
+        (u, s, vh), q = svds[name], keep[name]
+        a, b = bases.factor((bases.left @ u)[:, :q], s[:q], (bases.right @ vh.mT)[:, :q])
+        factors[name] = (a.to(dtype), b.to(dtype))
+    return Skill(factors, embeddings)
 
 
 def gram(skills: Sequence[Skill]) -> Tensor:
@@ -298,19 +330,31 @@ def _check_shapes(module: str, pairs: Sequence[Factor]) -> None:
         raise ValueError(f"module {module!r} has another size in another skill, (out, in): {sizes}; these skills belong to different bases")
 
 
-def _promote(tensors: Sequence[Tensor]) -> torch.dtype:
+def promote(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Dtype that holds what all of them hold."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _spread(parts: Mapping[str, tuple[Tensor, Tensor, Tensor]], error: float) -> dict[str, int]:
+def _within(values: Mapping[str, Tensor], error: float) -> dict[str, int]:
     """Ranks per module that together leave out at most `error` of the norm: the smallest singular values go first, wherever they are."""
-    values = torch.cat([s for _, s, _ in parts.values()])
-    owner = torch.cat([torch.full((len(s),), i) for i, (_, s, _) in enumerate(parts.values())])
-    order = values.argsort()
-    lost = values[order].square().cumsum(0)
-    dropped = int((lost <= error**2 * values.square().sum()).sum())
-    cut = torch.bincount(owner[order[:dropped]], minlength=len(parts)).tolist()
-    return {name: max(1, len(s) - cut[i]) for i, (name, (_, s, _)) in enumerate(parts.items())}
+    lost, _ = torch.cat(list(values.values())).sort()
+    dropped = int((lost.square().cumsum(0) <= error**2 * lost.square().sum()).sum())
+    return _without_smallest(values, dropped)
+
+
+def _largest(values: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Ranks per module of the `budget` largest singular values, the largest of every module among them."""
+    rest = {name: s[1:] for name, s in values.items()}
+    kept = _without_smallest(rest, max(0, sum(map(len, rest.values())) - (budget - len(values))), least=0)
+    return {name: 1 + rank for name, rank in kept.items()}
+
+
+def _without_smallest(values: Mapping[str, Tensor], dropped: int, least: int = 1) -> dict[str, int]:
+    """How many singular values every module keeps without the smallest of all."""
+    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(values.values())])
+    order = torch.cat(list(values.values())).argsort()
+    cut = torch.bincount(owner[order[:dropped].cpu()], minlength=len(values)).tolist()
+    return {name: max(least, len(s) - cut[i]) for i, (name, s) in enumerate(values.items())}

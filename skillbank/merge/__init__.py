@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
+from inspect import Parameter, signature
 from pkgutil import iter_modules
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge.registry import METHODS, Method, find, method
+from skillbank.merge.registry import LAWS, METHODS, Entry, Method, find, method
 from skillbank.skill import Skill, core, cosine, modules_of
+from skillbank.words import did_you_mean
 
-__all__ = ["METHODS", "Certificate", "Method", "certify", "merge", "method"]
+__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "merge", "method"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
@@ -27,24 +29,45 @@ def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
 
     Args:
         skills: K >= 1 skills of the same base; ranks, dtypes and adapted modules may differ.
-        weights: (K,) of any sign, or None for 1 / K each.
+        weights: (K,), negative ones where the method has a meaning for them; None for what the method takes then: 1 / K each where it is a mean,
+            1 each where skills add up. A skill at weight 0 is left out.
         method: a name in `METHODS` or a function of the same form.
-        options: what the method takes, for example `rank=8` or `error=0.05` for `svd`.
+        options: what the method takes, for example `rank=8`, `error=0.05` or `density=0.2`.
 
     Raises:
-        ValueError: an unknown method, no skills, another number of weights than skills, weights that are not finite, or a method's own complaint.
+        ValueError: an unknown method or option, no skills, another number of weights than skills, weights that are not finite, or a method's own
+            complaint.
 
     """
     if not skills:
         raise ValueError("merge needs at least one skill, got none")
-    values = torch.full((len(skills),), 1 / len(skills), dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if values.shape != (len(skills),):
-        raise ValueError(f"got weights of shape {tuple(values.shape)} for {len(skills)} skills: give one weight per skill")
+    entry = find(method) if isinstance(method, str) else Entry(method, None, {})
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    values = _weights(weights, len(skills), entry.weight)
+    chosen = [k for k in range(len(skills)) if values[k] != 0] or [*range(len(skills))]
+    _check_options(name, entry.function, options)
+    merged = entry.function([skills[k] for k in chosen], values[chosen], **options)
+    return replace(merged, certificate=certify(skills, values, merged, name))
+
+
+def _weights(weights: Sequence[float] | Tensor | None, count: int, default: float | None) -> Tensor:
+    each = 1 / count if default is None else default
+    values = torch.full((count,), each, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    if values.shape != (count,):
+        raise ValueError(f"got weights of shape {tuple(values.shape)} for {count} skills: give one weight per skill")
     if not torch.isfinite(values).all():
         raise ValueError(f"weights must be finite, got {values.tolist()}")
-    function = find(method) if isinstance(method, str) else method
-    merged = function(skills, values, **options)
-    return replace(merged, certificate=certify(skills, values, merged, method if isinstance(method, str) else method.__name__))
+    return values
+
+
+def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> None:
+    """Check that a method takes the options; a ValueError says which it takes."""
+    known = [key for key, each in signature(function).parameters.items() if each.kind is Parameter.KEYWORD_ONLY]
+    if any(each.kind is Parameter.VAR_KEYWORD for each in signature(function).parameters.values()):
+        return
+    for key in options:
+        if key not in known:
+            raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options.'}")
 
 
 def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str) -> Certificate:

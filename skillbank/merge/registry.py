@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from skillbank.skill import Skill
 from skillbank.words import did_you_mean
 
-__all__ = ["METHODS", "Method", "find", "method"]
+__all__ = ["LAWS", "METHODS", "Entry", "Method", "find", "method"]
 
 Method = Callable[..., Skill]
 """`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored."""
 
-METHODS: dict[str, Method] = {}
+LAWS = {
+    "single": "one skill at weight 1 is itself",
+    "order": "the order of the skills does not matter",
+    "zero": "a skill at weight 0 is absent",
+    "gauge": "(B Q, Q^-1 A) merges as (B, A) does",
+    "sign": "all weights times -1 give -1 times the merge",
+}
+
+
+class Entry(NamedTuple):
+    """A merge method, the weight of a skill where none is given (None: 1 / K), and the laws that it breaks by its nature, with the reason."""
+
+    function: Method
+    weight: float | None
+    breaks: Mapping[str, str]
+
+
+METHODS: dict[str, Entry] = {}
 """Merge methods by name; every file of this package that has some is imported with it."""
 
 
-def method(name: str) -> Callable[[Method], Method]:
-    """Register a merge method under a name; a second method of that name is an error."""
+def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] | None = None) -> Callable[[Method], Method]:
+    """Register a merge method under a name.
+
+    Args:
+        name: what users call it.
+        weight: of every skill where the user gives none; None for 1 / K, as a mean has it, 1.0 where skills add up.
+        breaks: laws of `LAWS` that do not hold, each with the reason.
+
+    Raises:
+        ValueError: there is a method of that name.
+
+    """
 
     def register(function: Method) -> Method:
         if name in METHODS:
-            raise ValueError(f"there is a merge method {name!r} already, {METHODS[name].__module__}.{METHODS[name].__name__}: choose another name")
-        METHODS[name] = function
+            there = METHODS[name].function
+            raise ValueError(f"there is a merge method {name!r} already, {there.__module__}.{there.__name__}: choose another name")
+        METHODS[name] = Entry(function, weight, dict(breaks or {}))
         return function
 
     return register
 
 
-def find(name: str) -> Method:
+def find(name: str) -> Entry:
     """Return the method of that name; a ValueError says what is close."""
     if name not in METHODS:
         raise ValueError(f"unknown merge method {name!r}: {did_you_mean(name, METHODS)} Or pass a function.")

@@ -9,21 +9,30 @@ from torch import Tensor
 from skillbank.merge.registry import method
 from skillbank.skill import Skill, stack, truncate
 
-__all__ = ["stacked", "svd"]
+__all__ = ["average", "stacked", "svd"]
 
 
 @method("stack")
 def stacked(skills: Sequence[Skill], weights: Tensor) -> Skill:
-    """`sum_k w_k delta_k` exactly; the rank is the sum of the ranks."""
+    """`sum_k w_k delta_k` exactly; the rank is the sum of the ranks. With any weights: task arithmetic, negation, the linear merge."""
     return stack(skills, weights)
 
 
 @method("svd")
-def svd(skills: Sequence[Skill], weights: Tensor, *, rank: int | None = None, error: float | None = None) -> Skill:
-    """Best approximation of `sum_k w_k delta_k` at a rank per module, or the smallest ranks within a total relative error.
+def svd(skills: Sequence[Skill], weights: Tensor, *, rank: int | None = None, error: float | None = None, budget: int | None = None) -> Skill:
+    """Best approximation of `sum_k w_k delta_k`: at a rank per module, at a total of ranks, or the smallest ranks within a total relative error.
 
-    Without either, the rank per module is the largest rank among the skills. Computed in the QR core: O((O + I) R^2 + R^3).
+    Without any, the rank per module is the largest rank among the skills. Computed in the QR core: O((O + I) R^2 + R^3). Eckart and Young (1936).
     """
-    if rank is None and error is None:
+    if rank is error is budget is None:
         rank = max(max(skill.ranks.values()) for skill in skills)
-    return truncate(stack(skills, weights), rank=rank, error=error)
+    return truncate(stack(skills, weights), rank=rank, error=error, budget=budget)
+
+
+@method("average", breaks={"sign": "weights are relative to their sum"})
+def average(skills: Sequence[Skill], weights: Tensor) -> Skill:
+    """`sum_k w_k delta_k / sum_k w_k` exactly: weights of any size, relative to each other."""
+    total = float(weights.sum())
+    if abs(total) < 1e-12 * float(weights.abs().sum()):
+        raise ValueError(f"weights {weights.tolist()} add up to 0, so that there is no average: use stack")
+    return stack(skills, weights / total)

@@ -1,0 +1,56 @@
+"""Merges in the subspaces that skills span: least interference, and one skill without what others do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skillbank.merge.lift import on_cores
+from skillbank.merge.registry import method
+
+__all__ = ["project_out", "subtract_common", "wudi"]
+
+_FIRST = "the first skill is the one that stays"
+
+
+@method("wudi", weight=1.0)
+@on_cores
+def wudi(cores: Tensor, weights: Tensor) -> Tensor:
+    """Least interference: the M with the least `sum_k ||(M - D_k) D_k^T||^2 / ||D_k||^2` over the weighted deltas D.
+
+    In closed form, `M = (sum_k c_k D_k D_k^T D_k)(sum_k c_k D_k^T D_k)^+` with `c_k = 1 / ||D_k||^2`, where arXiv 2503.08099 descends by
+    gradient. The inputs of a layer are taken to lie where its delta acts.
+    """
+    deltas = cores * weights[:, None, None]
+    norms = deltas.square().sum((1, 2), keepdim=True)
+    scaled = torch.where(norms > 0, deltas / norms.clamp_min(torch.finfo(norms.dtype).tiny), torch.zeros_like(deltas))
+    pull = (deltas @ deltas.mT @ scaled).sum(0)
+    metric = (deltas.mT @ scaled).sum(0)
+    return pull @ torch.linalg.pinv(metric, hermitian=True, rtol=1e-10)
+
+
+@method("subtract_common", weight=1.0, breaks={"order": _FIRST})
+@on_cores
+def subtract_common(cores: Tensor, weights: Tensor) -> Tensor:
+    """The first skill less the mean of the others: general knowledge, or what skills have in common, taken out of one.
+
+    `w_1 delta_1 - mean_{k > 1} w_k delta_k`, exactly. arXiv 2505.10939.
+    """
+    deltas = cores * weights[:, None, None]
+    return deltas[0] - deltas[1:].sum(0) / max(1, len(cores) - 1)
+
+
+@method("project_out", weight=1.0, breaks={"order": _FIRST})
+@on_cores
+def project_out(cores: Tensor, weights: Tensor) -> Tensor:
+    """The first skill without what lies in the subspaces of the others: `delta - U U^T delta V V^T`, U and V spanning their outputs and inputs."""
+    first, others = weights[0] * cores[0], cores[1:]
+    if not len(others):
+        return first
+    left, right = _span(torch.cat(list(others), dim=1)), _span(torch.cat(list(others), dim=0).mT)
+    return first - left @ (left.mT @ first @ right) @ right.mT
+
+
+def _span(columns: Tensor) -> Tensor:
+    u, s, _ = torch.linalg.svd(columns, full_matrices=False)
+    return u[:, s > s[0] * max(columns.shape) * torch.finfo(s.dtype).eps]
