@@ -20,6 +20,7 @@ class Certificate:
         errors: the same relative error per module.
         ranks: rank per module after the merge.
         conflict: cosine of every pair of weighted skills, (K, K): near -1 they cancel, near 0 they do not meet, near 1 they agree.
+        cut: what a cut of the method's own result to a rank took away, as a relative error; None where that result is the sum, see `error`.
 
     """
 
@@ -30,6 +31,7 @@ class Certificate:
     errors: dict[str, float]
     ranks: dict[str, int]
     conflict: list[list[float]]
+    cut: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a card."""

@@ -91,7 +91,7 @@ def test_bad_input():
         merge([one], method="stak")
     with pytest.raises(ValueError, match="unknown merge method 'zz': there is 'average', "):
         merge([one], method="zz")
-    with pytest.raises(TypeError, match="ranc"):
+    with pytest.raises(ValueError, match="merge method 'svd' takes no 'ranc': did you mean 'rank'"):
         merge([one], method="svd", ranc=3)
 
 

@@ -9,8 +9,10 @@ from skillbank import Skill, merge
 from skillbank.merge import LAWS, METHODS
 from tests.test_skill import SHAPES, close, dense, flat, make
 
-PAIRS = {"slerp", "nuslerp"}
-EXACT = {"svd": {"error": 0.0}}
+PAIRS = {"slerp", "nuslerp", "nearswap"}
+ENTRIES = {name for name, entry in METHODS.items() if hasattr(entry.function, "entries")}
+RANDOM = {"dare", "dare_ties", "della", "della_ties"}
+EXACT = {"svd": {"error": 0.0}, **{name: {"rank": 99} for name in ENTRIES}}
 """Options that make a method exact, where its default cuts."""
 seeds = st.integers(0, 10**6)
 
@@ -26,7 +28,16 @@ def weights_for(count, seed):
     return (0.2 + torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).tolist()
 
 
+def gram_of(seed):
+    """Gram matrices of inputs, one per module, of a task of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {name: torch.randn(torch.Size(inner).numel(), 40, generator=generator, dtype=torch.float64) for name, (_, inner) in SHAPES.items()}
+    return {name: x @ x.mT for name, x in inputs.items()}
+
+
 def run(method, skills, weights, **options):
+    if method == "regmean":  # the inputs belong to the skill, whatever its place in the list
+        options["grams"] = [gram_of(round(1e6 * float(flat(skill).norm()))) for skill in skills]
     return merge(skills, weights, method=method, **{**EXACT.get(method, {}), **options})
 
 
@@ -220,7 +231,89 @@ def project_out(deltas, weights):
     return weights[0] * (deltas[0] - left @ left.mT @ deltas[0] @ right.mT @ right)
 
 
+def share_of(weighted, density):
+    """Entries of every delta that are among its largest."""
+    count = max(1, round(density * weighted[0].numel()))
+    return [d * (d.abs() >= d.abs().flatten().sort(descending=True).values[count - 1]) for d in weighted]
+
+
+def agreeing(parts):
+    stacked = torch.stack(parts)
+    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return torch.where(agrees, stacked, 0).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def crumbs(weighted, density=0.85, outliers=0.01):
+    large, kept = share_of(weighted, outliers), share_of(weighted, density + outliers)
+    return [torch.where(most != 0, 0, each) for most, each in zip(large, kept, strict=True)]
+
+
+def sce(weighted, density=0.5):
+    stacked = torch.stack(weighted)
+    spread = stacked.var(0, correction=0)
+    count = max(1, round(density * spread.numel()))
+    chosen = stacked * (spread >= spread.flatten().sort(descending=True).values[count - 1])
+    energy = chosen.square().sum((1, 2))[:, None, None]
+    agrees = chosen.sign() == chosen.sum(0).sign()
+    return (energy * chosen * agrees).sum(0) / (energy * agrees).sum(0).clamp_min(1e-300)
+
+
+def magmax(weighted):
+    stacked = torch.stack(weighted)
+    return torch.gather(stacked, 0, stacked.abs().argmax(0)[None])[0]
+
+
+def emr(weighted):
+    sign = sum(weighted).sign()
+    return sign * torch.stack([torch.where(d.sign() == sign, d.abs(), 0) for d in weighted]).amax(0)
+
+
+def consensus(weighted):
+    total = sum(weighted)
+    votes = sum((d.abs() >= (total - d).abs()).int() for d in weighted)
+    return torch.where(votes >= 2, total, 0)
+
+
+def tall_mask(weighted):
+    total = sum(weighted)
+    return torch.where(weighted[0].abs() >= (total - weighted[0]).abs(), total, 0)
+
+
+def nearswap(weighted, distance=0.001):
+    a, b = weighted
+    gap = (b - a).abs()
+    return a + torch.where(gap > distance, distance / gap.clamp_min(1e-300), 1) * (b - a)
+
+
+def on_weighted(function):
+    return lambda deltas, weights: function([w * d for d, w in zip(deltas, weights, strict=True)])
+
+
+def knots(deltas, weights):
+    stacked = torch.cat([w * d for d, w in zip(deltas, weights, strict=True)], dim=1)
+    u, s, vh = truncated(stacked)
+    return u * s @ agreeing(share_of(list(vh.split(deltas[0].shape[1], dim=1)), 0.2))
+
+
+def core_space(deltas, weights):
+    weighted = [w * d for d, w in zip(deltas, weights, strict=True)]
+    u, right = truncated(torch.cat(weighted, dim=1))[0], truncated(torch.cat(weighted, dim=0))[2].mT
+    return u @ agreeing(share_of([u.mT @ d @ right for d in weighted], 0.2)) @ right.mT
+
+
 ORACLES = {
+    "knots": knots,
+    "core_space": core_space,
+    "magnitude": on_weighted(lambda deltas: sum(share_of(deltas, 0.5))),
+    "ties": on_weighted(lambda deltas: agreeing(share_of(deltas, 0.2))),
+    "breadcrumbs": on_weighted(lambda deltas: sum(crumbs(deltas))),
+    "breadcrumbs_ties": on_weighted(lambda deltas: agreeing(crumbs(deltas))),
+    "sce": on_weighted(sce),
+    "magmax": on_weighted(magmax),
+    "emr": on_weighted(emr),
+    "consensus": on_weighted(consensus),
+    "tall_mask": on_weighted(tall_mask),
+    "nearswap": on_weighted(nearswap),
     "stack": lambda deltas, weights: sum(w * d for d, w in zip(deltas, weights, strict=True)),
     "svd": lambda deltas, weights: sum(w * d for d, w in zip(deltas, weights, strict=True)),
     "average": lambda deltas, weights: sum(w * d for d, w in zip(deltas, weights, strict=True)) / sum(weights),
@@ -240,10 +333,10 @@ ORACLES = {
 
 
 def test_every_method_has_an_oracle():
-    assert set(ORACLES) == set(METHODS)
+    assert {*ORACLES, *RANDOM, "regmean"} == set(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ORACLES)
 @given(seed=seeds)
 @settings(max_examples=12, deadline=None)
 def test_a_method_is_its_dense_formula(method, seed):
@@ -252,3 +345,49 @@ def test_a_method_is_its_dense_formula(method, seed):
     merged = run(method, skills, weights)
     for name in SHAPES:
         close(dense(merged, name).flatten(1), ORACLES[method](matrices(skills, name), weights), 1e-7)
+
+
+@given(seed=seeds)
+@settings(max_examples=12, deadline=None)
+def test_regmean_is_the_least_squares_solution(seed):
+    skills = skills_for("regmean", seed)
+    weights, grams = weights_for(3, seed), [gram_of(seed + k) for k in range(3)]
+    merged = merge(skills, weights, method="regmean", grams=grams, diagonal=0.0)
+    for name in SHAPES:
+        sums = sum(w * g[name] for w, g in zip(weights, grams, strict=True))
+        pulled = sum(w * d @ g[name] for w, d, g in zip(weights, matrices(skills, name), grams, strict=True))
+        close(dense(merged, name).flatten(1), pulled @ torch.linalg.inv(sums), 1e-4)
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_what_is_drawn_follows_the_seed_and_is_independent_of_rank(method):
+    skills = skills_for(method, 0)
+    first, second, other = (flat(merge(skills, method=method, rank=99, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("method", ["dare", "della"])
+def test_what_is_dropped_at_random_is_right_on_average(method):
+    skills, weights = skills_for(method, 5), [0.7, -0.4, 0.3]
+    total = sum(w * flat(s) for s, w in zip(skills, weights, strict=True))
+    draws = torch.stack([flat(merge(skills, weights, method=method, rank=99, seed=10**6 * seed)) for seed in range(400)])
+    noise = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - total).abs() <= 5 * noise + 1e-9).all()
+
+
+def test_dare_and_della_keep_the_share_that_they_are_told():
+    generator = torch.Generator().manual_seed(0)
+    skill = Skill({"a": (torch.randn(8, 300, generator=generator), torch.randn(200, 8, generator=generator))})
+    delta = skill.delta("a")
+    dropped = merge([skill], [1.0], method="dare", density=0.3, rank=200).delta("a")
+    kept = dropped.abs() > 1e-3 * delta.abs().mean()
+    assert kept.float().mean() == pytest.approx(0.3, abs=0.01)
+    torch.testing.assert_close(dropped[kept], delta[kept] / 0.3, atol=1e-3, rtol=1e-3)
+    pruned = merge([skill], [1.0], method="della", density=0.5, spread=0.4, rank=200).delta("a")
+    kept = pruned.abs() > 1e-3 * delta.abs().mean()
+    small = delta.abs() < delta.abs().median(dim=1, keepdim=True).values
+    assert kept[small].float().mean() == pytest.approx(0.3, abs=0.02)
+    assert kept[~small].float().mean() == pytest.approx(0.7, abs=0.02)
+    place = delta.abs().argsort(1).argsort(1) / 299
+    torch.testing.assert_close(pruned[kept], (delta / (0.1 + 0.8 * place))[kept], atol=2e-3, rtol=1e-3)

@@ -30,7 +30,7 @@ def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
     Args:
         skills: K >= 1 skills of the same base; ranks, dtypes and adapted modules may differ.
         weights: (K,), negative ones where the method has a meaning for them; None for what the method takes then: 1 / K each where it is a mean,
-            1 each where skills add up. A skill at weight 0 is left out.
+            1 each where skills add up. A skill at weight 0 is absent.
         method: a name in `METHODS` or a function of the same form.
         options: what the method takes, for example `rank=8`, `error=0.05` or `density=0.2`.
 
@@ -44,10 +44,10 @@ def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
     entry = find(method) if isinstance(method, str) else Entry(method, None, {})
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     values = _weights(weights, len(skills), entry.weight)
-    chosen = [k for k in range(len(skills)) if values[k] != 0] or [*range(len(skills))]
     _check_options(name, entry.function, options)
-    merged = entry.function([skills[k] for k in chosen], values[chosen], **options)
-    return replace(merged, certificate=certify(skills, values, merged, name))
+    found = entry.function(skills, values, **options)
+    merged, cut = found if isinstance(found, tuple) else (found, None)
+    return replace(merged, certificate=certify(skills, values, merged, name, cut))
 
 
 def _weights(weights: Sequence[float] | Tensor | None, count: int, default: float | None) -> Tensor:
@@ -70,7 +70,7 @@ def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> N
             raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options.'}")
 
 
-def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str) -> Certificate:
+def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str, cut: float | None = None) -> Certificate:
     """Compare `merged` with the exact sum of `weights` (K,) times `skills`, in the QR core of all of them together."""
     resolution = 16 * torch.finfo(merged[next(iter(merged))][0].dtype).eps
     weighted = [skill.scaled(float(w)) for skill, w in zip(skills, weights, strict=True)]
@@ -89,6 +89,7 @@ def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str
         errors={name: _share(*each) for name, each in norms.items()},
         ranks=merged.ranks,
         conflict=cosine(weighted).tolist(),
+        cut=cut,
     )
 
 

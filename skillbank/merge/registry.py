@@ -10,8 +10,11 @@ from skillbank.words import did_you_mean
 
 __all__ = ["LAWS", "METHODS", "Entry", "Method", "find", "method"]
 
-Method = Callable[..., Skill]
-"""`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored."""
+Method = Callable[..., Skill | tuple[Skill, float]]
+"""`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored.
+
+One that cuts its own result to a rank may say beside the skill what that takes away, as a relative error.
+"""
 
 LAWS = {
     "single": "one skill at weight 1 is itself",

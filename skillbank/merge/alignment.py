@@ -1,0 +1,62 @@
+"""Merges in coordinates that the skills share: an entrywise method, such as TIES, applied after the skills are aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillbank.merge.dense import combined
+from skillbank.merge.lift import Merged, on_cores, on_modules, present
+from skillbank.merge.registry import method
+from skillbank.skill import Skill, core
+
+__all__ = ["core_space", "knots"]
+
+_INNER = {"single": "the inner method cuts entries"}
+
+
+@method("knots", weight=1.0, breaks=_INNER)
+@on_modules
+def knots(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Merged:
+    """Align, then merge: `[D_1 .. D_K] = U S [V_1 .. V_K]`, the V_k merged entry by entry to V, and `U S V`. arXiv 2410.19735.
+
+    Args:
+        skills: K skills.
+        weights: (K,), any sign.
+        module: which.
+        inner: an entrywise merge method.
+        options: of the inner method.
+
+    """
+    skills, weights = present(skills, weights)
+    here = core(skills, module)
+    deltas = here.cores * weights.to(here.cores)[:, None, None]
+    u, s, vh = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
+    there = s > s[0] * max(vh.shape) * torch.finfo(s.dtype).eps
+    rows = torch.stack(vh[there].split(deltas.shape[2], dim=1)) @ here.right.mT
+    right, triangle = torch.linalg.qr(combined(rows, inner, options).mT)
+    return Merged(replace(here, right=right), u[:, there] * s[there] @ triangle.mT)
+
+
+@method("core_space", weight=1.0, breaks=_INNER)
+@on_cores
+def core_space(cores: Tensor, weights: Tensor, *, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Tensor:
+    """An entrywise merge of the R x R cores: `C_k = U^T D_k V` in the singular directions of all deltas side by side, and one above the other.
+
+    Lossless, since those directions span all skills. arXiv 2509.17786 takes them from the stacked factors, which depend on how a skill is stored.
+
+    Args:
+        cores: deltas (K, P, P').
+        weights: (K,), any sign.
+        inner: an entrywise merge method.
+        options: of the inner method.
+
+    """
+    deltas = cores * weights[:, None, None]
+    u = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)[0]
+    vh = torch.linalg.svd(torch.cat(list(deltas), dim=0), full_matrices=False)[2]
+    return u @ combined(u.mT @ deltas @ vh.mT, inner, options) @ vh

@@ -1,0 +1,107 @@
+"""The deltas of one module, entry by entry, without ever holding all entries of all skills: tiles of rows, made from the factors when looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillbank.skill import Factor
+
+__all__ = ["Tiles"]
+
+_ENTRIES = 2**20
+"""Of one skill in a tile."""
+_SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Weighted deltas of K skills on one module.
+
+    Args:
+        pairs: A (R, I') and B (O, R) per skill, the weight multiplied into B.
+        seed: of what is drawn at random.
+
+    """
+
+    pairs: Sequence[Factor]
+    seed: int = 0
+
+    @classmethod
+    def dense(cls, deltas: Tensor, seed: int = 0) -> Tiles:
+        """Tiles of deltas that are there, (K, O, I')."""
+        eye = torch.eye(deltas.shape[-1], dtype=deltas.dtype, device=deltas.device)
+        return cls([(eye, each) for each in deltas], seed)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I')."""
+        a, b = self.pairs[0]
+        return len(b), a.shape[1]
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Tiles (K, rows, I') from the first row to the last."""
+        step = max(1, _ENTRIES // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield self._block(slice(start, start + step), slice(None))
+
+    def quantile(self, score: Callable[[Tensor], Tensor], share: float) -> Tensor:
+        """Least of the `share` largest scores, exactly, in two looks at every entry at most where a sample brackets it well.
+
+        Args:
+            score: from a tile (K, rows, columns) to nonnegative scores (S, rows, columns), entry by entry.
+            share: of all entries, in (0, 1].
+
+        Returns:
+            Thresholds (S,): the scores that are at least as large are the chosen share, and those that are equal to the last of it.
+
+        """
+        count = max(1, round(share * self.shape[0] * self.shape[1]))
+        sample = score(self._sample()).flatten(1).sort(descending=True).values
+        found = torch.full((len(sample),), torch.nan, dtype=sample.dtype, device=sample.device)
+        slack = 0.02
+        while found.isnan().any():
+            last = sample.shape[1] - 1
+            at = share * last
+            high = sample[:, int(max(0, at - slack * last))] if at > slack * last else torch.full_like(found, torch.inf)
+            low = sample[:, int(min(last, at + slack * last))] if at + slack * last < last else torch.zeros_like(found)
+            found = self._between(score, low, high, count, found)
+            slack *= 4
+        return found
+
+    def uniform(self, tile: Tensor, number: int) -> Tensor:
+        """Random numbers in [0, 1) for every entry of tile `number`, the same at every look."""
+        seeds = [self.seed + 2**20 * k + number for k in range(len(tile))]
+        return torch.stack([torch.rand(tile.shape[1:], generator=torch.Generator().manual_seed(each)) for each in seeds]).to(tile)
+
+    def _between(self, score: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, count: int, found: Tensor) -> Tensor:
+        """Largest score but `count - 1`, for those that it lies in [low, high] for."""
+        above = torch.zeros(len(low), dtype=torch.long, device=low.device)
+        inside: list[list[Tensor]] = [[] for _ in low]
+        for tile in self:
+            scores = score(tile).flatten(1)
+            above += (scores > high[:, None]).sum(1)
+            within = (scores >= low[:, None]) & (scores <= high[:, None])
+            for each, values, mask in zip(inside, scores, within, strict=True):
+                each.append(values[mask])
+        found = found.clone()
+        for i, parts in enumerate(inside):
+            values, place = torch.cat(parts), count - int(above[i])
+            if 1 <= place <= len(values):
+                found[i] = values.kthvalue(len(values) - place + 1).values
+        return found
+
+    def _sample(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = (torch.randperm(size, generator=generator)[:_SAMPLE] for size in self.shape)
+        return self._block(rows, columns)
+
+    def _block(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+        return torch.stack([b[rows] @ a[:, columns] for a, b in self.pairs])
