@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["Certificate"]
@@ -21,6 +21,9 @@ class Certificate:
         ranks: rank per module after the merge.
         conflict: cosine of every pair of weighted skills, (K, K): near -1 they cancel, near 0 they do not meet, near 1 they agree.
         cut: what a cut of the method's own result to a rank took away, as a relative error; None where that result is the sum, see `error`.
+        effective_ranks: exponential of the entropy of the merge's singular values, per module: how many directions it really has.
+        cancelled: share of the weighted skills' squared norms that is gone from their sum, `1 - ||sum_k w_k delta_k||^2 / sum_k ||w_k delta_k||^2`;
+            0 where they do not meet or agree.
 
     """
 
@@ -32,6 +35,8 @@ class Certificate:
     ranks: dict[str, int]
     conflict: list[list[float]]
     cut: float | None = None
+    effective_ranks: dict[str, float] = field(default_factory=dict)
+    cancelled: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a card."""

@@ -135,6 +135,11 @@ class Skill:
             raise ValueError(f"weights name modules that the skill does not have: {sorted(unknown)}")
         return Skill({name: (a, b * at.get(name, 1.0)) for name, (a, b) in self.factors.items()}, self.embeddings)
 
+    def part(self, modules: Iterable[str]) -> Skill:
+        """Only these modules; a ValueError where the skill has none of them."""
+        chosen = {name: self[name] for name in modules}
+        return Skill(chosen, self.embeddings & set(chosen))
+
     def norm(self) -> float:
         """Frobenius norm of all deltas together."""
         return float(gram([self])[0, 0].clamp_min(0).sqrt())

@@ -83,7 +83,7 @@ def test_bad_input():
     one = make(0, (2, 2, 2))
     with pytest.raises(ValueError, match="needs at least one skill"):
         merge([])
-    with pytest.raises(ValueError, match=r"weights of shape \(1,\) for 2 skills"):
+    with pytest.raises(ValueError, match="got 1 weights for 2 skills"):
         merge([one, one], [1.0])
     with pytest.raises(ValueError, match=r"weights must be finite, got \[nan\]"):
         merge([one], [float("nan")])
@@ -113,3 +113,56 @@ def test_a_method_is_registered_once():
 def test_every_method_is_documented():
     assert all(function.__doc__ for function in METHODS.values())
     assert isinstance(merge([make(0, (1, 1, 1))]), Skill)
+
+
+@pytest.mark.parametrize("method", ["stack", "svd", "average", "tsv_m", "ties", "karcher"])
+def test_weights_by_pattern_are_weights_module_by_module(method):
+    skills = [make(0, (3, 2, 2)), make(1, (2, 0, 1)), make(2, (1, 4, 0))]
+    options = {"rank": 99} if method in ("svd", "ties") else {}
+    merged = merge(skills, [{"a": 0.9, "*": 0.2}, 0.5, {"[ab]": 0.3, "c": 1.0}], method=method, **options)
+    for module, weights in {"a": [0.9, 0.5, 0.3], "b": [0.2, 0.5, 0.3], "c": [0.2, 0.5, 1.0]}.items():
+        whole = merge(skills, weights, method=method, **options)
+        torch.testing.assert_close(merged.delta(module), whole.delta(module))
+    assert merged.certificate.errors["a"] == pytest.approx(merge(skills, [0.9, 0.5, 0.3], method=method, **options).certificate.errors["a"])
+
+
+def test_bad_weights_by_pattern():
+    skills = [make(0, (3, 2, 2)), make(1, (2, 0, 1))]
+    with pytest.raises(ValueError, match=r"module 'b' fits none of the patterns \['a', 'c'\]: give a weight for '\*', the rest"):
+        merge(skills, [{"a": 1.0, "c": 2.0}, 1.0])
+    with pytest.raises(ValueError, match="a budget of ranks is for all modules together"):
+        merge(skills, [{"a": 1.0, "*": 2.0}, 1.0], method="svd", budget=5)
+
+
+def test_a_certificate_of_a_cut():
+    skills = [make(i, (4, 4, 3)) for i in range(3)]
+    full, short = merge(skills, method="tsv_m"), merge(skills, method="tsv_m", rank=2)
+    assert full.certificate.cut == 0.0
+    assert short.certificate.cut == pytest.approx(float((flat(full) - flat(short)).norm() / flat(full).norm()), rel=1e-6)
+    assert merge(skills, method="svd", rank=2).certificate.cut is None
+    split = merge(skills, [{"a": 1.0, "*": 0.5}, 1.0, 1.0], method="tsv_m", rank=2)
+    whole = merge(skills, [{"a": 1.0, "*": 0.5}, 1.0, 1.0], method="tsv_m")
+    assert split.certificate.cut == pytest.approx(float((flat(whole) - flat(split)).norm() / flat(whole).norm()), rel=1e-6)
+
+
+def test_how_many_directions_a_merge_has_and_what_cancels():
+    skills = [make(i, (4, 4, 3)) for i in range(3)]
+    effective = merge(skills, method="iso_c").certificate.effective_ranks
+    assert effective == {name: pytest.approx(rank) for name, rank in merge(skills, method="iso_c").ranks.items()}
+    one = skills[0]
+    assert merge([one, one], [1.0, 1.0]).certificate.cancelled == 0.0
+    assert merge([one, one], [1.0, -1.0]).certificate.cancelled == 1.0
+    assert merge([one, one], [1.0, -0.5]).certificate.cancelled == pytest.approx(1 - 0.25 / 1.25)
+
+
+def test_a_budget_goes_to_the_largest_singular_values():
+    skills = [make(i, (4, 4, 3)) for i in range(2)]
+    merged = merge([skills[0].scaled({"a": 10.0}), skills[1]], [1.0, 1.0], method="svd", budget=9)
+    assert sum(merged.ranks.values()) == 9
+    whole = merge([skills[0].scaled({"a": 10.0}), skills[1]], [1.0, 1.0])
+    values = sorted((float(s) for name in "abc" for s in torch.linalg.svdvals(whole.delta(name).flatten(1))), reverse=True)
+    kept = sorted((float(s) for name in "abc" for s in torch.linalg.svdvals(merged.delta(name).flatten(1))[: merged.ranks[name]]), reverse=True)
+    assert min(kept) >= values[9] or min(merged.ranks.values()) == 1
+    assert kept[:7] == pytest.approx(values[:7])
+    with pytest.raises(ValueError, match="a budget of 2 ranks is too small for 3 modules"):
+        merge(skills, method="svd", budget=2)

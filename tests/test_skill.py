@@ -175,7 +175,7 @@ def test_bad_arguments():
         stack([])
     with pytest.raises(ValueError, match="3 weights for 2 skills"):
         stack([skill, skill], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"either a rank or an error, got rank=1 and error=0\.1"):
+    with pytest.raises(ValueError, match=r"a rank, an error or a budget, got rank=1, error=0\.1"):
         truncate(skill, rank=1, error=0.1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         truncate(skill, rank=0)

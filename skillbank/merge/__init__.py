@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from importlib import import_module
 from inspect import Parameter, signature
 from pkgutil import iter_modules
@@ -24,40 +25,96 @@ for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 
 
-def merge(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = None, method: str | Method = "stack", **options: Any) -> Skill:
+def merge(
+    skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float]] | Tensor | None = None, method: str | Method = "stack", **options: Any
+) -> Skill:
     """Merge skills in parameter space; the result carries its `certificate`.
 
     Args:
         skills: K >= 1 skills of the same base; ranks, dtypes and adapted modules may differ.
         weights: (K,), negative ones where the method has a meaning for them; None for what the method takes then: 1 / K each where it is a mean,
-            1 each where skills add up. A skill at weight 0 is absent.
+            1 each where skills add up. A skill at weight 0 is absent. Instead of a number, {pattern of module paths: weight}, such as
+            `{"*.q_proj": 0.7, "*": 0.3}`; the first pattern that fits counts.
         method: a name in `METHODS` or a function of the same form.
         options: what the method takes, for example `rank=8`, `error=0.05` or `density=0.2`.
 
     Raises:
-        ValueError: an unknown method or option, no skills, another number of weights than skills, weights that are not finite, or a method's own
-            complaint.
+        ValueError: an unknown method or option, no skills, another number of weights than skills, weights that are not finite, a module that no
+            pattern fits, or a method's own complaint.
 
     """
     if not skills:
         raise ValueError("merge needs at least one skill, got none")
     entry = find(method) if isinstance(method, str) else Entry(method, None, {})
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    values = _weights(weights, len(skills), entry.weight)
     _check_options(name, entry.function, options)
-    found = entry.function(skills, values, **options)
-    merged, cut = found if isinstance(found, tuple) else (found, None)
-    return replace(merged, certificate=certify(skills, values, merged, name, cut))
+    each = 1 / len(skills) if entry.weight is None else entry.weight
+    at = _per_module(skills, [each] * len(skills) if weights is None else list(weights))
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for module, values in at.items():
+        groups.setdefault(values, []).append(module)
+    if len(groups) > 1 and options.get("budget") is not None:
+        raise ValueError("a budget of ranks is for all modules together, which weights per module split: give a rank or an error")
+    found = [_merged(entry.function, skills, values, modules, options) for values, modules in groups.items()]
+    merged = _together([skill for skill, _ in found])
+    weighted = [skill.scaled({module: at[module][k] for module in skill}) for k, skill in enumerate(skills)]
+    return replace(merged, certificate=certify(weighted, merged, name, _cut(found)))
 
 
-def _weights(weights: Sequence[float] | Tensor | None, count: int, default: float | None) -> Tensor:
-    each = 1 / count if default is None else default
-    values = torch.full((count,), each, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if values.shape != (count,):
-        raise ValueError(f"got weights of shape {tuple(values.shape)} for {count} skills: give one weight per skill")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"weights must be finite, got {values.tolist()}")
-    return values
+def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float] | Tensor]) -> dict[str, tuple[float, ...]]:
+    """Weights of all skills for every module."""
+    if len(weights) != len(skills):
+        raise ValueError(f"got {len(weights)} weights for {len(skills)} skills: give one weight per skill")
+    flat = [value for each in weights for value in (each.values() if isinstance(each, Mapping) else [each])]
+    if any(isinstance(value, Tensor) and value.dim() for value in flat):
+        raise ValueError(f"got weights of several dimensions for {len(skills)} skills: give one weight per skill")
+    if not all(math.isfinite(float(value)) for value in flat):
+        raise ValueError(f"weights must be finite, got {[float(value) for value in flat]}")
+    return {module: tuple(_at(module, each) for each in weights) for module in modules_of(skills)}
+
+
+def _at(module: str, weight: float | Mapping[str, float] | Tensor) -> float:
+    if not isinstance(weight, Mapping):
+        return float(weight)
+    for pattern, value in weight.items():
+        if fnmatchcase(module, pattern):
+            return float(value)
+    raise ValueError(f"module {module!r} fits none of the patterns {list(weight)}: give a weight for '*', the rest")
+
+
+def _merged(
+    function: Method, skills: Sequence[Skill], weights: tuple[float, ...], modules: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Skill, float | None]:
+    """Merge of some of the modules, and what a cut took away."""
+    chosen = set(modules)
+    parts = skills if set(modules_of(skills)) == chosen else [_part(skill, skills, chosen) for skill in skills]
+    found = function(parts, torch.tensor(weights, dtype=torch.float64), **options)
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def _part(skill: Skill, skills: Sequence[Skill], modules: set[str]) -> Skill:
+    """The skill on these modules; where it has none of them, a delta of zeros on one."""
+    if inside := modules & set(skill):
+        return skill.part(sorted(inside))
+    name = min(modules)
+    a, b = next(each[name] for each in skills if name in each)
+    return Skill({name: (a.new_zeros(1, *a.shape[1:]), b.new_zeros(len(b), 1))})
+
+
+def _together(parts: Sequence[Skill]) -> Skill:
+    if len(parts) == 1:
+        return parts[0]
+    return Skill({name: pair for part in parts for name, pair in part.factors.items()}, frozenset[str]().union(*(part.embeddings for part in parts)))
+
+
+def _cut(found: Sequence[tuple[Skill, float | None]]) -> float | None:
+    """Relative error of all cuts together, from the norms of what they left."""
+    cuts = [(skill.norm(), cut) for skill, cut in found if cut is not None]
+    if len(cuts) < len(found):
+        return None
+    lost = sum(kept**2 * cut**2 / (1 - cut**2) for kept, cut in cuts if cut < 1)
+    whole = sum(kept**2 / (1 - cut**2) for kept, cut in cuts if cut < 1)
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> None:
@@ -70,15 +127,18 @@ def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> N
             raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options.'}")
 
 
-def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str, cut: float | None = None) -> Certificate:
-    """Compare `merged` with the exact sum of `weights` (K,) times `skills`, in the QR core of all of them together."""
+def certify(weighted: Sequence[Skill], merged: Skill, method: str, cut: float | None = None) -> Certificate:
+    """Compare `merged` with the exact sum of the `weighted` skills, in the QR core of all of them together."""
     resolution = 16 * torch.finfo(merged[next(iter(merged))][0].dtype).eps
-    weighted = [skill.scaled(float(w)) for skill, w in zip(skills, weights, strict=True)]
     norms: dict[str, tuple[float, float, float]] = {}
-    for name in modules_of([*skills, merged]):
+    effective: dict[str, float] = {}
+    apart = 0.0
+    for name in modules_of([*weighted, merged]):
         cores = core([*weighted, merged], name).cores
         total = cores[:-1].sum(0)
         norms[name] = float((total - cores[-1]).norm()), float(total.norm()), resolution * float(cores[:-1].norm())
+        effective[name] = _effective_rank(torch.linalg.svdvals(cores[-1]))
+        apart += float(cores[:-1].square().sum())
     lost, whole, rounding = (math.hypot(*column) for column in zip(*norms.values(), strict=True))
     error = _share(lost, whole, rounding)
     return Certificate(
@@ -90,7 +150,17 @@ def certify(skills: Sequence[Skill], weights: Tensor, merged: Skill, method: str
         ranks=merged.ranks,
         conflict=cosine(weighted).tolist(),
         cut=cut,
+        effective_ranks=effective,
+        cancelled=max(0.0, 1 - whole**2 / apart) if apart else 0.0,
     )
+
+
+def _effective_rank(values: Tensor) -> float:
+    """Exponential of the entropy of the singular values (Roy and Vetterli, 2007); 0 for a delta that is zero."""
+    if not values.sum():
+        return 0.0
+    shares = values[values > 0] / values.sum()
+    return float((-(shares * shares.log()).sum()).exp())
 
 
 def _share(lost: float, whole: float, rounding: float) -> float:
