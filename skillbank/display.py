@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
 
-__all__ = ["answer", "card_fields", "lineage_tree", "new_table", "print_fitting", "print_json", "print_one", "print_parts", "progress", "telling"]
+__all__ = [
+    "answer",
+    "card_fields",
+    "lineage_tree",
+    "new_table",
+    "print_certificate",
+    "print_fitting",
+    "print_json",
+    "print_one",
+    "print_parts",
+    "progress",
+    "telling",
+]
 
 _TELLING = ("return", "loss", "validation", "merge_error")
 
@@ -35,6 +47,24 @@ def print_parts(what: str, parts: Mapping[str, float]) -> None:
     table = new_table(what, "relative difference")
     for name, value in parts.items():
         table.add_row(name, f"{value:.3g}")
+    print_one(table)
+
+
+def print_certificate(certificate: Mapping[str, Any], refs: Sequence[str]) -> None:
+    """Print what a merge did: in total, between the skills, and where it is farthest from their weighted sum."""
+    what = "exactly the weighted sum" if certificate["exact"] else f"{certificate['error']:.3g} from the weighted sum, of whose energy it keeps"
+    kept = "" if certificate["exact"] else f" {certificate['energy']:.1%}"
+    print(f"{certificate['method']}: {what}{kept}")
+    if certificate["cut"]:
+        print(f"cut to its rank, which takes away {certificate['cut']:.3g} of it")
+    print(f"{certificate['cancelled']:.1%} of the skills' energy cancels in their sum")
+    table = new_table("cosine", *refs)
+    for ref, row in zip(refs, certificate["conflict"], strict=True):
+        table.add_row(ref, *(f"{value:.3f}" for value in row))
+    print_one(table)
+    table = new_table("module", "rank", "effective rank", "relative error")
+    for name, error in sorted(certificate["errors"].items(), key=lambda item: -item[1])[:10]:
+        table.add_row(name, str(certificate["ranks"][name]), f"{certificate['effective_ranks'][name]:.1f}", f"{error:.3g}")
     print_one(table)
 
 

@@ -26,7 +26,7 @@ from skillbank.merge import merge
 from skillbank.model import ModelModule, Task
 from skillbank.skill import Skill, distance, stack
 
-__all__ = ["Made", "Rebuilt", "compose", "composition_name", "rebuild", "train"]
+__all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "train"]
 
 Conf = Mapping[str, Any]
 
@@ -136,6 +136,46 @@ def composition_name(task: str, base: str, skills: Sequence[str]) -> str:
     return "-".join([f"{task}-from", *(name.rpartition("/")[2] for name in own if name != task)])
 
 
+def merge_versions(
+    refs: Sequence[str | Ref], bank: Bank, *, weights: Sequence[Any] | None = None, method: str = "stack", **options: Any
+) -> tuple[Skill, dict[str, Any]]:
+    """Merge skills of a bank; the base is not loaded.
+
+    Args:
+        refs: skills.
+        bank: where they are; nothing is put into it.
+        weights: as in `merge`.
+        method: a name in `METHODS`.
+        options: what the method takes, plain values.
+
+    Returns:
+        The skill and the fields of its card: base, parents with weights, `conf` with the recipe and the certificate, metrics.
+
+    Raises:
+        UnknownRef: no such version.
+        ValueError: one is no skill, or the skills belong to different bases; otherwise as `merge`.
+
+    """
+    exact = [bank.resolve(ref) for ref in refs]
+    cards, things = [bank.card(ref) for ref in exact], [bank.get(ref) for ref in exact]
+    skills = [thing for thing in things if isinstance(thing, Skill)]
+    if len(skills) < len(things):
+        other = next(f"{ref} is a {card.kind}" for ref, card in zip(exact, cards, strict=True) if card.kind != "skill")
+        raise ValueError(f"only skills can be merged, {other}")
+    bases = {str(ref): card.base_name for ref, card in zip(exact, cards, strict=True)}
+    if len(set(bases.values())) > 1:
+        raise ValueError(f"skills of different bases do not go together: {bases}")
+    skill = merge(skills, weights, method, **options)
+    assert skill.certificate is not None
+    recipe = {key: value for key, value in {"method": method, "weights": weights, **options}.items() if value is not None}
+    each = [None] * len(exact) if weights is None else [w if isinstance(w, int | float) else None for w in weights]
+    parents = [{"ref": str(ref), "weight": w, "hash": card.hash} for ref, w, card in zip(exact, each, cards, strict=True)]
+    metrics = {"merge_error": skill.certificate.error, "merge_energy": skill.certificate.energy}
+    fields = {"parents": parents, "conf": {"merge": recipe, "certificate": skill.certificate.to_dict()}, "metrics": metrics}
+    base = cards[0].base
+    return skill, fields if base is None else {**fields, "base": base["ref"] or {"name": base["name"]}}
+
+
 @dataclass(frozen=True)
 class Rebuilt:
     """How a version that was made again compares with the one in the bank.
@@ -171,14 +211,19 @@ def rebuild(ref: str | Ref, bank: Bank) -> Rebuilt:
     exact = bank.resolve(ref)
     card, stored = bank.card(exact), bank.get(exact)
     parents = [parent["ref"] for parent in card.parents]
+    if isinstance(stored, Skill) and "certificate" in card.conf:
+        again, _ = merge_versions(parents, bank, **card.conf["merge"])
+        return Rebuilt(exact, {} if stored.fingerprint == again.fingerprint else distance(stored, again), _changed(card, {}))
     conf = {**card.conf, "logger": {}, "name": exact.name}
     if not {"task", "seed"} <= set(conf) or not {"model", "skills"} & set(conf):
-        raise ValueError(f"the card of {str(exact)!r} has no configuration to make it from: only what train.py and compose.py made can be made again")
+        raise ValueError(
+            f"the card of {str(exact)!r} has no configuration: only what train.py, compose.py and `skillbank merge` made can be made again"
+        )
     if card.kind == "composition":
         made = compose({**conf, "skills": parents}, bank, resume=False)
     else:
         made = train({**conf, "base": card.base and card.base["ref"], "start": parents}, bank, resume=False)
-    return Rebuilt(exact, _differences(stored, made, card), _changed(card, made))
+    return Rebuilt(exact, _differences(stored, made, card), _changed(card, made.card["data"]))
 
 
 def _differences(stored: object, made: Made, card: Card) -> dict[str, float]:
@@ -202,8 +247,8 @@ def _apart(stored: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str
     return found
 
 
-def _changed(card: Card, made: Made) -> dict[str, str]:
-    data, tools = made.card["data"], tool_versions()
+def _changed(card: Card, data: Mapping[str, str]) -> dict[str, str]:
+    tools = tool_versions()
     found = {name: f"{old[:12]} is {data.get(name, 'gone')[:12]}" for name, old in card.data.items() if data.get(name) != old}
     return found | {tool: f"{old} is {tools.get(tool, 'gone')}" for tool, old in card.tools.items() if tools.get(tool) != old}
 

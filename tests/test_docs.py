@@ -10,19 +10,22 @@ import pytest
 import wandb
 
 from skillbank import cli
+from skillbank.merge import METHODS, described
+from skillbank.report import markdown
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_every_example_of_the_bank_page(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "least"), [("docs/bank.md", 10), ("docs/merge.md", 4)])
+def test_every_example_of_a_page(page, least, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "adapters", tmp_path / "adapters")
     (tmp_path / "demos").symlink_to(ROOT / "demos")
     monkeypatch.chdir(tmp_path)
     names, commands = {}, 0
-    for language, code in BLOCK.findall((ROOT / "docs/bank.md").read_text()):
+    for language, code in BLOCK.findall((ROOT / page).read_text()):
         if language:
-            exec(compile(code, "docs/bank.md", "exec"), names)
+            exec(compile(code, page, "exec"), names)
             continue
         for line in code.splitlines():
             if line.startswith("skillbank "):
@@ -32,6 +35,14 @@ def test_every_example_of_the_bank_page(tmp_path, monkeypatch):
                 assert stop.value.code == 0, line
                 commands += 1
     wandb.teardown()  # it reads the environment once
-    assert commands > 10
-    assert [str(ref) for ref in names["bank"].dependents("walker/walk")]
-    assert names["good"]
+    assert commands >= least
+    assert names["bank"].verify() == []
+    METHODS.pop("strongest", None)
+
+
+def test_the_table_of_merge_methods_is_the_one_that_they_tell():
+    rows = [{key: value.replace("|", "\\|") for key, value in row.items()} for row in described()]
+    assert markdown(rows) in (ROOT / "docs/merge.md").read_text()
+    assert len(rows) >= 25
+    yamls = {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
+    assert yamls == set(METHODS) - {"regmean"}  # which needs statistics of the inputs

@@ -94,7 +94,7 @@ def test_data_that_changed_since_are_named(bank, home, tmp_path):
 
 def test_what_has_no_recipe(bank):
     bank.put(sb.Skill({"net.enter": (torch.ones(1, 158), torch.ones(16, 1))}), "by/hand")
-    with pytest.raises(ValueError, match=r"the card of .by/hand@1. has no configuration to make it from: only what train.py and compose.py made"):
+    with pytest.raises(ValueError, match=r"the card of .by/hand@1. has no configuration: only what train.py, compose.py and `skillbank merge` made"):
         sb.rebuild("by/hand", bank)
     bank.remove("by/hand")
 

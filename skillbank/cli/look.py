@@ -13,7 +13,7 @@ from skillbank.bank.query import field
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, app, complete_ref
 from skillbank.display import answer, card_fields, lineage_tree, new_table, print_fitting, print_json, print_one, print_parts, progress, telling
 
-__all__ = ["dedup", "diff", "list_", "log", "rebuild_", "show", "similar_", "verify"]
+__all__ = ["dedup", "diff", "list_", "log", "methods", "rebuild_", "show", "similar_", "verify"]
 
 
 @app.command("list")
@@ -169,6 +169,26 @@ def rebuild_(ref: RefArgument, bank: BankOption = DEFAULT, json: JsonOption = Fa
             typer.echo(f"since it was made, {what} has changed: {how}")
     if not found.equal:
         raise typer.Exit(1)
+
+
+@app.command()
+def methods(markdown: Annotated[bool, typer.Option("--markdown", help="As the table of docs/merge.md.")] = False, json: JsonOption = False) -> None:
+    """List the merge methods."""
+    from skillbank.merge import described
+
+    rows = described()
+    if json:
+        print_json(rows)
+        return
+    if markdown:
+        from skillbank.report import markdown as as_markdown
+
+        typer.echo(as_markdown([{key: value.replace("|", "\\|") for key, value in row.items()} for row in rows]))
+        return
+    table = new_table("method", "what it does", "options", "source")
+    for row in rows:
+        table.add_row(*(row[key] for key in ("method", "what it does", "options", "source")))
+    print_one(table)
 
 
 @app.command()

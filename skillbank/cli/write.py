@@ -10,9 +10,9 @@ import typer
 from skillbank.bank import Bank, Checkpoint
 from skillbank.bank.aliases import ANY, Expected
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, RefsArgument, UrlArgument, app, complete_ref
-from skillbank.display import answer, progress
+from skillbank.display import answer, print_certificate, print_json, progress
 
-__all__ = ["alias", "base", "clone", "export", "gc", "import_", "pull", "push", "rm"]
+__all__ = ["alias", "base", "clone", "export", "gc", "import_", "merge", "pull", "push", "rm"]
 
 
 @app.command()
@@ -78,6 +78,40 @@ def base(
         checkpoint = Checkpoint.scan(folder, repo=repo, revision=revision)
     ref = str(Bank(bank).put(checkpoint, name))
     answer(json, {"ref": ref}, ref)
+
+
+@app.command()
+def merge(
+    refs: Annotated[list[str], typer.Argument(help="Skills.", autocompletion=complete_ref)],
+    bank: BankOption = DEFAULT,
+    method: Annotated[str, typer.Option(help="A name in the list of `skillbank methods`.")] = "stack",
+    weights: Annotated[str | None, typer.Option(help="One per skill, such as .6,-.4; as YAML also {pattern: weight}.")] = None,
+    rank: Annotated[int | None, typer.Option(help="At most this many directions per module.")] = None,
+    error: Annotated[float | None, typer.Option(help="Instead: as few as keep the relative error within this.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Instead: this many over all modules.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="What else the method takes, such as density=0.3.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Its name in the bank; without one it is only looked at.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Merge skills to a new one, and tell what that does to them."""
+    import yaml
+
+    from skillbank.recipe import merge_versions
+
+    store = Bank(bank)
+    pairs = [(key, value) for key, _, value in (each.partition("=") for each in option or [])]
+    options = {key: yaml.safe_load(value) for key, value in pairs} | {"rank": rank, "error": error, "budget": budget}
+    given = {key: value for key, value in options.items() if value is not None}
+    values = None if weights is None else yaml.safe_load(f"[{weights}]")
+    skill, card = merge_versions(refs, store, weights=values, method=method, **given)
+    ref = None if output is None else str(store.put(skill, output, card=card))
+    certificate = card["conf"]["certificate"]
+    if json:
+        print_json({"ref": ref, "certificate": certificate})
+    else:
+        print_certificate(certificate, [str(store.resolve(each)) for each in refs])
+        if ref is not None:
+            typer.echo(ref)
 
 
 @app.command()

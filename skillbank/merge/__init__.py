@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge.registry import LAWS, METHODS, Entry, Method, find, method
+from skillbank.merge.registry import LAWS, METHODS, Entry, Method, described, find, method
 from skillbank.skill import Skill, core, cosine, modules_of
 from skillbank.words import did_you_mean
 
-__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "merge", "method"]
+__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "described", "merge", "method"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

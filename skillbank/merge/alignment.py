@@ -22,7 +22,7 @@ _INNER = {"single": "the inner method cuts entries"}
 @method("knots", weight=1.0, breaks=_INNER)
 @on_modules
 def knots(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Merged:
-    """Align, then merge: `[D_1 .. D_K] = U S [V_1 .. V_K]`, the V_k merged entry by entry to V, and `U S V`. arXiv 2410.19735.
+    """Align, then merge: `[D_1, ..., D_K] = U S [V_1, ..., V_K]`, the V_k merged entry by entry to V, and `U S V`. arXiv 2410.19735.
 
     Args:
         skills: K skills.

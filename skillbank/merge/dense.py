@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -31,28 +30,28 @@ def on_entries(function: Callable[..., Combine]) -> Method:
     """Lift `function(tiles, **options) -> combine(tile, number)` to a merge method; the tiles are of weighted deltas, in float32 or better.
 
     The method also takes one of `rank`, `error` and `budget` (see `truncate`) for the fit of its dense result, at most the sum of the ranks where
-    none is given; and the `seed` of what is drawn at random.
+    none is given.
     """
 
     @wraps(function)
-    def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, rank: int | None, seed: int = 0, **options: Any) -> Merged:
+    def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, rank: int | None, **options: Any) -> Merged:
         skills, weights = present(skills, weights)
         there = [skill[module][0] for skill in skills if module in skill]
-        tiles = _tiles(skills, weights, module, seed)
+        tiles = _tiles(skills, weights, module)
         most = min(tiles.shape) if rank == 0 else rank or sum(map(len, there))
         return fitted(tiles, function(tiles, **options), most, there[0].shape[1:])
 
     shape = signature(function)
     whole = signature(lifted, follow_wrapped=False).parameters
     own = [each for each in shape.parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
-    parameters = [whole["skills"], whole["weights"], whole["module"], whole["rank"], *own, whole["seed"]]
+    parameters = [whole["skills"], whole["weights"], whole["module"], whole["rank"], *own]
     vars(lifted)["__signature__"] = shape.replace(parameters=parameters)
     method = on_modules(lifted)
     vars(method)["entries"] = function
     return method
 
 
-def _tiles(skills: Sequence[Skill], weights: Tensor, module: str, seed: int) -> Tiles:
+def _tiles(skills: Sequence[Skill], weights: Tensor, module: str) -> Tiles:
     dtype = torch.promote_types(dtype_of(skills, module), torch.float32)
     a, b = next(skill[module] for skill in skills if module in skill)
     empty = a.new_zeros(1, a[0].numel(), dtype=dtype), b.new_zeros(len(b), 1, dtype=dtype)
@@ -60,7 +59,7 @@ def _tiles(skills: Sequence[Skill], weights: Tensor, module: str, seed: int) -> 
     for skill, weight in zip(skills, weights.tolist(), strict=True):
         a, b = skill.factors.get(module, empty)
         pairs.append((a.flatten(1).to(dtype), b.to(dtype) * weight))
-    return Tiles(pairs, seed + crc32(module.encode()))
+    return Tiles(pairs, module)
 
 
 def fitted(tiles: Tiles, combine: Combine, rank: int, shape: torch.Size) -> Merged:

@@ -72,40 +72,42 @@ def ties(tiles: Tiles, *, density: float = 0.2) -> Combine:
     return lambda tile, number: _agreeing(trim(tile, number))
 
 
-def _dropped(tiles: Tiles, density: float) -> Combine:
+def _dropped(tiles: Tiles, density: float, seed: int) -> Combine:
     keep = _share("density", density)
-    return lambda tile, number: torch.where(tiles.uniform(tile, number) < keep, tile / keep, 0)
+    return lambda tile, number: torch.where(tiles.uniform(tile, number, seed) < keep, tile / keep, 0)
 
 
 @method("dare", breaks=_DRAWN)
 @on_entries
-def dare(tiles: Tiles, *, density: float = 0.5) -> Combine:
+def dare(tiles: Tiles, *, density: float = 0.5, seed: int = 0) -> Combine:
     """Weighted sum of deltas whose entries are dropped at random, the others divided by `density`: the exact sum on average. arXiv 2311.03099.
 
     Args:
         tiles: weighted deltas.
         density: probability that an entry stays, in (0, 1].
+        seed: of what is drawn.
 
     """
-    drop = _dropped(tiles, density)
+    drop = _dropped(tiles, density, seed)
     return lambda tile, number: drop(tile, number).sum(0)
 
 
 @method("dare_ties", weight=1.0, breaks=_DRAWN)
 @on_entries
-def dare_ties(tiles: Tiles, *, density: float = 0.5) -> Combine:
+def dare_ties(tiles: Tiles, *, density: float = 0.5, seed: int = 0) -> Combine:
     """`dare` for the entries, then the signs and the mean of `ties`.
 
     Args:
         tiles: weighted deltas.
         density: probability that an entry stays, in (0, 1].
+        seed: of what is drawn.
 
     """
-    drop = _dropped(tiles, density)
+    drop = _dropped(tiles, density, seed)
     return lambda tile, number: _agreeing(drop(tile, number))
 
 
-def _magprune(tiles: Tiles, density: float, spread: float) -> Combine:
+def _magprune(tiles: Tiles, density: float, spread: float, seed: int) -> Combine:
     _share("density", density)
     if not 0 <= spread < min(density, 1 - density) + (density == 1):
         raise ValueError(f"spread must leave all probabilities in (0, 1], got density {density} and spread {spread}: take a smaller one")
@@ -114,14 +116,14 @@ def _magprune(tiles: Tiles, density: float, spread: float) -> Combine:
         last = max(1, tile.shape[-1] - 1)
         place = tile.abs().argsort(-1).argsort(-1) / last
         keep = density + spread * (2 * place - 1) if density < 1 else torch.ones_like(tile)
-        return torch.where(tiles.uniform(tile, number) < keep, tile / keep.to(tile), 0)
+        return torch.where(tiles.uniform(tile, number, seed) < keep, tile / keep.to(tile), 0)
 
     return prune
 
 
 @method("della", breaks=_DRAWN)
 @on_entries
-def della(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2) -> Combine:
+def della(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2, seed: int = 0) -> Combine:
     """Weighted sum of deltas whose small entries are dropped more often than their large ones, each divided by its own probability to stay.
 
     The probability grows with the place in the row from `density - spread` to `density + spread`; on average this is the exact sum.
@@ -131,24 +133,26 @@ def della(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2) -> Combine
         tiles: weighted deltas.
         density: mean probability that an entry stays, in (0, 1].
         spread: from the mean to the ends.
+        seed: of what is drawn.
 
     """
-    prune = _magprune(tiles, density, spread)
+    prune = _magprune(tiles, density, spread, seed)
     return lambda tile, number: prune(tile, number).sum(0)
 
 
 @method("della_ties", weight=1.0, breaks=_DRAWN)
 @on_entries
-def della_ties(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2) -> Combine:
+def della_ties(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2, seed: int = 0) -> Combine:
     """`della` for the entries, then the signs and the mean of `ties`.
 
     Args:
         tiles: weighted deltas.
         density: mean probability that an entry stays, in (0, 1].
         spread: from the mean to the ends.
+        seed: of what is drawn.
 
     """
-    prune = _magprune(tiles, density, spread)
+    prune = _magprune(tiles, density, spread, seed)
     return lambda tile, number: _agreeing(prune(tile, number))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from skillbank.skill import Skill
 from skillbank.words import did_you_mean
 
-__all__ = ["LAWS", "METHODS", "Entry", "Method", "find", "method"]
+__all__ = ["LAWS", "METHODS", "Entry", "Method", "described", "find", "method"]
 
 Method = Callable[..., Skill | tuple[Skill, float]]
 """`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored.
@@ -23,6 +25,9 @@ LAWS = {
     "gauge": "(B Q, Q^-1 A) merges as (B, A) does",
     "sign": "all weights times -1 give -1 times the merge",
 }
+
+
+_SOURCE = re.compile(r"arXiv \d{4}\.\d{5}|[A-Z][a-z]+(?: and [A-Z][a-z]+)? \(\d{4}\)")
 
 
 class Entry(NamedTuple):
@@ -65,3 +70,23 @@ def find(name: str) -> Entry:
     if name not in METHODS:
         raise ValueError(f"unknown merge method {name!r}: {did_you_mean(name, METHODS)} Or pass a function.")
     return METHODS[name]
+
+
+def described() -> list[dict[str, str]]:
+    """Every method by name: its first sentence, its options, and where it comes from, as its function tells them."""
+    return [{"method": name, **_told(entry)} for name, entry in sorted(METHODS.items())]
+
+
+def _told(entry: Entry) -> dict[str, str]:
+    text = " ".join((inspect.getdoc(entry.function) or "").partition("Args:")[0].split())
+    found = _SOURCE.findall(text)
+    first = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
+    parameters = [each for each in inspect.signature(entry.function).parameters.values() if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    options = ", ".join(each.name if each.default is None else f"{each.name}={each.default}" for each in parameters)
+    return {
+        "what it does": first,
+        "options": options,
+        "weight": "1 / K" if entry.weight is None else "1",
+        "breaks": "; ".join(f"{law}: {reason}" for law, reason in entry.breaks.items()),
+        "source": ", ".join(found),
+    }

@@ -18,7 +18,7 @@ _SINGLE = "the singular values are made equal"
 @method("tsv_m", weight=1.0)
 @on_cores
 def tsv_m(cores: Tensor, weights: Tensor, *, keep: float = 1.0) -> Tensor:
-    """Task singular vectors: `polar([U_1 .. U_K]) diag(S_1 .. S_K) polar([V_1 .. V_K])^T` of the weighted deltas `U_k S_k V_k^T`.
+    """Task singular vectors: `polar([U_1, ..., U_K]) diag(S_1, ..., S_K) polar([V_1, ..., V_K])^T` of the weighted deltas `U_k S_k V_k^T`.
 
     The directions of different skills are made orthogonal, so that they do not meet. arXiv 2412.00081; there K skills of full rank
     keep a K-th of their directions each, here all that a skill has.

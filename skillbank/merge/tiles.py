@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -23,18 +24,18 @@ class Tiles:
 
     Args:
         pairs: A (R, I') and B (O, R) per skill, the weight multiplied into B.
-        seed: of what is drawn at random.
+        module: its path, so that each draws numbers of its own.
 
     """
 
     pairs: Sequence[Factor]
-    seed: int = 0
+    module: str = ""
 
     @classmethod
-    def dense(cls, deltas: Tensor, seed: int = 0) -> Tiles:
+    def dense(cls, deltas: Tensor) -> Tiles:
         """Tiles of deltas that are there, (K, O, I')."""
         eye = torch.eye(deltas.shape[-1], dtype=deltas.dtype, device=deltas.device)
-        return cls([(eye, each) for each in deltas], seed)
+        return cls([(eye, each) for each in deltas])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,9 +77,9 @@ class Tiles:
             slack *= 4
         return found
 
-    def uniform(self, tile: Tensor, number: int) -> Tensor:
+    def uniform(self, tile: Tensor, number: int, seed: int) -> Tensor:
         """Random numbers in [0, 1) for every entry of tile `number`, the same at every look."""
-        seeds = [self.seed + 2**20 * k + number for k in range(len(tile))]
+        seeds = [crc32(f"{seed}/{self.module}/{k}/{number}".encode()) for k in range(len(tile))]
         return torch.stack([torch.rand(tile.shape[1:], generator=torch.Generator().manual_seed(each)) for each in seeds]).to(tile)
 
     def _between(self, score: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, count: int, found: Tensor) -> Tensor:
