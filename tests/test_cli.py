@@ -198,6 +198,38 @@ def test_every_command_answers_in_json(run, bank, tmp_path):
     assert (problems["walker/walk@1"]["file"], problems["walker/walk@1"]["affects"]) == ("card.json", ["walker/both@1"])
 
 
+def test_merge_is_looked_at_and_put(run, bank):
+    code, out, _ = run("merge", "walker/walk@1", "walker/walk@2", "--weights", ".75,-.5")
+    assert code == 0
+    assert out.startswith("stack: exactly the weighted sum")
+    assert len(bank.versions("mine")) == 0
+    code, out, err = run(
+        "merge", "walker/walk@1", "walker/walk@best", "walker/walk@2", *("--method", "ties", "--set", "density=0.5"), "-o", "mine", "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["ref"], told["certificate"]["method"]) == ("mine@1", "ties")
+    card = bank.card("mine")
+    assert [(each["ref"], each["weight"]) for each in card.parents] == [("walker/walk@1", None), ("walker/walk@1", None), ("walker/walk@2", None)]
+    assert card.conf["merge"] == {"method": "ties", "density": 0.5}
+    assert card.base["ref"] == "walker/stand@1"
+    code, out, _ = run("rebuild", "mine")
+    assert (code, out) == (0, "mine@1 is bit-equal\n")
+    two = run(
+        "merge", "walker/walk@1", "walker/walk@2", "--weights", "{'a': 1, '*': 0}, -1", "--method", "svd", "--rank", "1", "-o", "mine", "--json"
+    )
+    assert json.loads(two[1])["ref"] == "mine@2"
+    assert (bank.card("mine@2").conf["merge"]["weights"], bank.get("mine@2").ranks) == ([{"a": 1, "*": 0}, -1], {"a": 1})
+    assert run("rebuild", "mine@2")[0] == 0
+
+
+def test_methods(run):
+    code, out, _ = run("methods", folder=None)
+    assert code == 0
+    assert "ties" in out
+    assert {row["method"] for row in json.loads(run("methods", "--json", folder=None)[1])} >= {"stack", "tsv_m", "dare"}
+
+
 def test_no_command_is_without_json():
     assert {
         command.name or command.callback.__name__ for command in cli.app.registered_commands if "json" not in signature(command.callback)
@@ -262,6 +294,13 @@ def test_completion_is_installed(tmp_path, shell):
         (("show", "Walk"), "'Walk' is not a name"),
         (("log", "walker/walk@1"), "'walker/walk@1' is not a name"),
         (("list", "--kind", "gate"), "kind='gate': a bank holds"),
+        (("merge", "walker/walk@1", "walker/both"), "only skills can be merged, walker/both@1 is a composition"),
+        (("merge", "walker/walk@1", "--method", "tyes"), "unknown merge method 'tyes': did you mean 'ties'"),
+        (("merge", "walker/walk@1", "--method", "ties", "--set", "densty=0.5"), "merge method 'ties' takes no 'densty': did you mean 'density'"),
+        (("merge", "walker/walk@1", "--method", "ties", "--set", "density=2"), r"density is a share of the entries in \(0, 1\], got 2"),
+        (("merge", "walker/walk@1", "--set", "rank"), "--set 'rank' sets nothing"),
+        (("merge", "walker/walk@1", "--weights", "a,b"), "--weights 'a,b' are no numbers: write them as .6,-.4"),
+        (("merge", "walker/walk@1", "--weights", "1,2"), "got 2 weights for 1 skills"),
     ],
 )
 def test_user_errors_are_one_line(run, arguments, message):

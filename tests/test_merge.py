@@ -119,7 +119,7 @@ def test_every_method_is_documented():
 def test_weights_by_pattern_are_weights_module_by_module(method):
     skills = [make(0, (3, 2, 2)), make(1, (2, 0, 1)), make(2, (1, 4, 0))]
     options = {"rank": 99} if method in ("svd", "ties") else {}
-    merged = merge(skills, [{"a": 0.9, "*": 0.2}, 0.5, {"[ab]": 0.3, "c": 1.0}], method=method, **options)
+    merged = merge(skills, [{"*": 0.2, "a*": 0.9}, 0.5, {"[ab]": 0.3, "c": 1.0}], method=method, **options)
     for module, weights in {"a": [0.9, 0.5, 0.3], "b": [0.2, 0.5, 0.3], "c": [0.2, 0.5, 1.0]}.items():
         whole = merge(skills, weights, method=method, **options)
         torch.testing.assert_close(merged.delta(module), whole.delta(module))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,7 +87,7 @@ def merge(
     refs: Annotated[list[str], typer.Argument(help="Skills.", autocompletion=complete_ref)],
     bank: BankOption = DEFAULT,
     method: Annotated[str, typer.Option(help="A name in the list of `skillbank methods`.")] = "stack",
-    weights: Annotated[str | None, typer.Option(help="One per skill, such as .6,-.4; as YAML also {pattern: weight}.")] = None,
+    weights: Annotated[str | None, typer.Option(help="One per skill, such as .6,-.4; or {'pattern': weight} for one.")] = None,
     rank: Annotated[int | None, typer.Option(help="At most this many directions per module.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead: as few as keep the relative error within this.")] = None,
     budget: Annotated[int | None, typer.Option(help="Instead: this many over all modules.")] = None,
@@ -94,15 +96,17 @@ def merge(
     json: JsonOption = False,
 ) -> None:
     """Merge skills to a new one, and tell what that does to them."""
-    import yaml
-
     from skillbank.recipe import merge_versions
 
     store = Bank(bank)
-    pairs = [(key, value) for key, _, value in (each.partition("=") for each in option or [])]
-    options = {key: yaml.safe_load(value) for key, value in pairs} | {"rank": rank, "error": error, "budget": budget}
+    if wrong := [each for each in option or [] if not re.fullmatch(r"\w+=.+", each)]:
+        raise ValueError(f"--set {wrong[0]!r} sets nothing: write it as density=0.3")
+    pairs = dict(each.split("=", 1) for each in option or [])
+    options = {key: _value(text) for key, text in pairs.items()} | {"rank": rank, "error": error, "budget": budget}
     given = {key: value for key, value in options.items() if value is not None}
-    values = None if weights is None else yaml.safe_load(f"[{weights}]")
+    values = None if weights is None else _value(f"[{weights}]")
+    if not all(isinstance(each, int | float | dict) for each in values or []) or isinstance(values, str):
+        raise ValueError(f"--weights {weights!r} are no numbers: write them as .6,-.4")
     skill, card = merge_versions(refs, store, weights=values, method=method, **given)
     ref = None if output is None else str(store.put(skill, output, card=card))
     certificate = card["conf"]["certificate"]
@@ -112,6 +116,14 @@ def merge(
         print_certificate(certificate, [str(store.resolve(each)) for each in refs])
         if ref is not None:
             typer.echo(ref)
+
+
+def _value(text: str) -> Any:
+    """Number, list, mapping or constant of Python; everything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 @app.command()

@@ -34,7 +34,7 @@ def merge(
         skills: K >= 1 skills of the same base; ranks, dtypes and adapted modules may differ.
         weights: (K,), negative ones where the method has a meaning for them; None for what the method takes then: 1 / K each where it is a mean,
             1 each where skills add up. A skill at weight 0 is absent. Instead of a number, {pattern of module paths: weight}, such as
-            `{"*.q_proj": 0.7, "*": 0.3}`; the first pattern that fits counts.
+            `{"*.q_proj": 0.7, "*": 0.3}`; of those that fit, the longest counts.
         method: a name in `METHODS` or a function of the same form.
         options: what the method takes, for example `rank=8`, `error=0.05` or `density=0.2`.
 
@@ -76,10 +76,10 @@ def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, 
 def _at(module: str, weight: float | Mapping[str, float] | Tensor) -> float:
     if not isinstance(weight, Mapping):
         return float(weight)
-    for pattern, value in weight.items():
-        if fnmatchcase(module, pattern):
-            return float(value)
-    raise ValueError(f"module {module!r} fits none of the patterns {list(weight)}: give a weight for '*', the rest")
+    fitting = [pattern for pattern in weight if fnmatchcase(module, pattern)]
+    if not fitting:
+        raise ValueError(f"module {module!r} fits none of the patterns {list(weight)}: give a weight for '*', the rest")
+    return float(weight[max(fitting, key=lambda pattern: (len(pattern), pattern))])
 
 
 def _merged(
