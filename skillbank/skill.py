@@ -21,7 +21,22 @@ from torch import Tensor
 
 from skillbank.certificate import Certificate
 
-__all__ = ["Core", "Factor", "Skill", "core", "cosine", "digest", "distance", "from_cores", "gram", "modules_of", "promote", "stack", "truncate"]
+__all__ = [
+    "Core",
+    "Factor",
+    "Skill",
+    "core",
+    "cosine",
+    "cosines",
+    "digest",
+    "distance",
+    "from_cores",
+    "gram",
+    "modules_of",
+    "promote",
+    "stack",
+    "truncate",
+]
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Factor = tuple[Tensor, Tensor]
@@ -300,7 +315,11 @@ def gram(skills: Sequence[Skill]) -> Tensor:
 
 def cosine(skills: Sequence[Skill]) -> Tensor:
     """Cosine similarity of the deltas, (K, K) float64 in [-1, 1]; a skill that is zero has cosine 0 with all others."""
-    products = gram(skills)
+    return cosines(gram(skills))
+
+
+def cosines(products: Tensor) -> Tensor:
+    """Cosines from inner products, (K, K); 0 for what is zero."""
     norms = products.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(norms))
     return (products * scale[:, None] * scale[None, :]).clamp(-1, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skillbank.certificate import Certificate
 from skillbank.merge.registry import LAWS, METHODS, Entry, Method, described, find, method
-from skillbank.skill import Skill, core, cosine, modules_of
+from skillbank.skill import Core, Skill, core, cosines, modules_of
 from skillbank.words import did_you_mean
 
 __all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "described", "merge", "method"]
@@ -57,8 +57,7 @@ def merge(
         raise ValueError("a budget of ranks is for all modules together, which weights per module split: give a rank or an error")
     found = [_merged(entry.function, skills, values, modules, options) for values, modules in groups.items()]
     merged = _together([skill for skill, _ in found])
-    weighted = [skill.scaled({module: at[module][k] for module in skill}) for k, skill in enumerate(skills)]
-    return replace(merged, certificate=certify(weighted, merged, name, _cut(found)))
+    return replace(merged, certificate=certify(skills, at, merged, name, _cut(found)))
 
 
 def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float] | Tensor]) -> dict[str, tuple[float, ...]]:
@@ -127,20 +126,22 @@ def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> N
             raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options.'}")
 
 
-def certify(weighted: Sequence[Skill], merged: Skill, method: str, cut: float | None = None) -> Certificate:
-    """Compare `merged` with the exact sum of the `weighted` skills, in the QR core of all of them together."""
+def certify(skills: Sequence[Skill], weights: Mapping[str, tuple[float, ...]], merged: Skill, method: str, cut: float | None = None) -> Certificate:
+    """Compare `merged` with the exact sum of the skills under `weights` (K,) per module, in the QR core of the skills."""
     resolution = 16 * torch.finfo(merged[next(iter(merged))][0].dtype).eps
     norms: dict[str, tuple[float, float, float]] = {}
     effective: dict[str, float] = {}
-    apart = 0.0
-    for name in modules_of([*weighted, merged]):
-        cores = core([*weighted, merged], name).cores
-        total = cores[:-1].sum(0)
-        norms[name] = float((total - cores[-1]).norm()), float(total.norm()), resolution * float(cores[:-1].norm())
-        effective[name] = _effective_rank(torch.linalg.svdvals(cores[-1]))
-        apart += float(cores[:-1].square().sum())
+    products = torch.zeros(len(skills), len(skills), dtype=torch.float64)
+    for name, values in weights.items():
+        here = core(skills, name)
+        flat = (here.cores * torch.tensor(values, dtype=torch.float64).to(here.cores)[:, None, None]).flatten(1)
+        total = flat.sum(0).reshape(here.cores.shape[1:])
+        products += (flat @ flat.mT).cpu()
+        a, b = (half.to(here.cores) for half in merged[name])
+        norms[name] = _distance(here, total, a.flatten(1), b), float(total.norm()), resolution * float(flat.norm())
+        effective[name] = _effective_rank(a.flatten(1), b)
     lost, whole, rounding = (math.hypot(*column) for column in zip(*norms.values(), strict=True))
-    error = _share(lost, whole, rounding)
+    error, apart = _share(lost, whole, rounding), float(products.trace())
     return Certificate(
         method=method,
         exact=lost <= rounding,
@@ -148,18 +149,29 @@ def certify(weighted: Sequence[Skill], merged: Skill, method: str, cut: float | 
         energy=max(0.0, 1 - error**2),
         errors={name: _share(*each) for name, each in norms.items()},
         ranks=merged.ranks,
-        conflict=cosine(weighted).tolist(),
+        conflict=cosines(products).tolist(),
         cut=cut,
         effective_ranks=effective,
         cancelled=max(0.0, 1 - whole**2 / apart) if apart else 0.0,
     )
 
 
-def _effective_rank(values: Tensor) -> float:
-    """Exponential of the entropy of the singular values (Roy and Vetterli, 2007); 0 for a delta that is zero."""
-    if not values.sum():
+def _distance(bases: Core, total: Tensor, a: Tensor, b: Tensor) -> float:
+    """`||Q_B C Q_A^T - B A||_F`, from what of B A lies within the bases and from what does not, which are orthogonal."""
+    left, right = bases.left.mT @ b, a @ bases.right
+    out_b, out_a = b - bases.left @ left, a - right @ bases.right.mT
+    outside = ((out_b.mT @ out_b) * (a @ a.mT)).sum() + ((left.mT @ left) * (out_a @ out_a.mT)).sum()
+    return float(((total - left @ right).square().sum() + outside.clamp_min(0)).sqrt())
+
+
+def _effective_rank(a: Tensor, b: Tensor) -> float:
+    """Exponential of the entropy of the singular values of B A (Roy and Vetterli, 2007); 0 for a delta that is zero."""
+    values, vectors = torch.linalg.eigh(b.mT @ b)
+    half = vectors * values.clamp_min(0).sqrt()
+    singular = torch.linalg.eigvalsh(half.mT @ (a @ a.mT) @ half).clamp_min(0).sqrt()
+    if not singular.sum():
         return 0.0
-    shares = values[values > 0] / values.sum()
+    shares = singular[singular > 0] / singular.sum()
     return float((-(shares * shares.log()).sum()).exp())
 
 

@@ -22,11 +22,13 @@ def wudi(cores: Tensor, weights: Tensor) -> Tensor:
     gradient. The inputs of a layer are taken to lie where its delta acts.
     """
     deltas = cores * weights[:, None, None]
-    norms = deltas.square().sum((1, 2), keepdim=True)
-    scaled = torch.where(norms > 0, deltas / norms.clamp_min(torch.finfo(norms.dtype).tiny), torch.zeros_like(deltas))
-    pull = (deltas @ deltas.mT @ scaled).sum(0)
-    metric = (deltas.mT @ scaled).sum(0)
-    return pull @ torch.linalg.pinv(metric, hermitian=True, rtol=1e-10)
+    norms = deltas.flatten(1).norm(dim=1)
+    there, norms = deltas[norms > 0], norms[norms > 0, None, None]
+    if not len(there):
+        return torch.zeros_like(cores[0])
+    inputs = torch.cat(list(there.mT / norms), dim=1)  # least squares, for the normal equations lose half of the digits
+    outputs = torch.cat(list(there @ there.mT / norms), dim=1)
+    return outputs @ torch.linalg.pinv(inputs, rtol=1e-12)
 
 
 @method("subtract_common", weight=1.0, breaks={"order": _FIRST})
