@@ -1,6 +1,6 @@
 """Continual policy shift on the DMC walker: S->W, S->R and S+W->R from few demonstrations, against the paper's table (arXiv 2502.05932).
 
-python -m benchmarks.psec_continual --from-results     the table from benchmarks/results/psec_continual.jsonl
+python -m benchmarks.psec_continual --from-results     the table from benchmarks/results/psec_continual.jsonl; with --summary that of the README
 python -m benchmarks.psec_continual                    what is missing there is trained and evaluated, row by row; stop and start it at will
 python -m benchmarks.psec_continual --quick            one tiny cell, to see that it runs
 
@@ -305,10 +305,44 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown(lines) if lines else "no results yet"
 
 
+LABELS = {
+    "base": "base, untouched",
+    "best-skill": "best that is there before, untouched",
+    "scratch": "scratch, the paper's recipe",
+    "lora": "LoRA, the paper's recipe",
+    "fixed": "fixed weights, tuned on validation loss",
+    "asec": "composed actions (ASEC)",
+    "nsec": "composed noise (NSEC)",
+    "psec": "PSEC, the paper's recipe",
+    "ours": "**ours**",
+}
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Means over all training seeds and episodes, a column per setting and scenario; in brackets how many seeds, where there are fewer than three."""
+    columns = [(setting, scenario) for setting in SETTINGS for scenario in SCENARIOS]
+    lines: list[dict[str, Any]] = []
+    for row, label in LABELS.items():
+        line: dict[str, Any] = {"": label}
+        for setting, scenario in columns:
+            means = [each["mean"] for each in results if each["name"] == f"{scenario}/{setting}/{row}"]
+            few = f" ({len(means)})" if len(means) < 3 and row != "base" else ""
+            line[f"{scenario} {setting}"] = f"{np.mean(means):.0f}{few}" if means else ""
+        lines.append(line)
+    shown = {
+        f"{scenario} {setting}": f"{load_demonstrations(f'demos/walker/{SCENARIOS[scenario][0]}{kind}.npz', episodes=count).returns.mean():.0f}"
+        for setting, (kind, count) in SETTINGS.items()
+        for scenario in SCENARIOS
+    }
+    paper = {f"{scenario} {setting}": PAPER.get((scenario, "psec"), "") if setting == "det10" else "" for setting, scenario in columns}
+    return markdown([*lines, {"": "the demonstrations", **shown}, {"": "the paper's own figure for PSEC", **paper}])
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from-results", action="store_true", help="print what is stored and compute nothing")
+    parser.add_argument("--summary", action="store_true", help="print a table of the means alone")
     parser.add_argument("--quick", action="store_true", help="one cell of each row with a few steps; stores nothing")
     parser.add_argument("--json", type=Path, help="also write the result rows here")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -336,7 +370,7 @@ def main() -> None:
             with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
                 file.write(json.dumps(result) + "\n")
         results = read_results()
-    print(table(results))
+    print(summary(results) if options.summary else table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + os.linesep)
 

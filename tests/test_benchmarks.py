@@ -26,6 +26,19 @@ def test_the_table_is_printed_from_stored_results():
     assert "(the demonstrations)" in done.stdout
 
 
+def test_the_readme_shows_what_is_stored():
+    done = run("benchmarks.psec_continual", "--from-results", "--summary")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "README.md").read_text()
+
+
+def test_merging_beside_its_peers():
+    done = run("benchmarks.merge", "--quick", "--threads", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:3])
+    assert float(dict(zip(header, row, strict=True))["ours, error"]) == pytest.approx(1, abs=0.01)
+
+
 def test_a_quick_cell_of_the_experiment():
     done = run("benchmarks.psec_continual", "--quick", "--rows", "ours", "nsec")
     assert done.returncode == 0, done.stderr[-2000:]
