@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skillbank.adapter import read_adapter, write_adapter
     from skillbank.artifacts import log_artifacts
-    from skillbank.attach import attach, detach, fold, fresh, read
+    from skillbank.attach import Folding, attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
     from skillbank.exchange import export, import_adapter
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "adapter": ["read_adapter", "write_adapter"],
     "artifacts": ["log_artifacts"],
-    "attach": ["attach", "detach", "fold", "fresh", "read"],
+    "attach": ["Folding", "attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
     "exchange": ["export", "import_adapter"],
@@ -56,6 +56,7 @@ __all__ = [
     "Composed",
     "Composition",
     "ConstantGate",
+    "Folding",
     "MLPGate",
     "Model",
     "Ref",

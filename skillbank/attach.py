@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skillbank.skill import Factor, Skill
 
-__all__ = ["attach", "base_weights", "channel_layers", "detach", "fold", "fresh", "mark", "read"]
+__all__ = ["Folding", "attach", "base_weights", "channel_layers", "check_fit", "delta_like", "detach", "fold", "fresh", "mark", "read"]
 
 ADAPTER = "default"
 MARK = "_skillbank_mark"
@@ -67,7 +68,7 @@ def attach(net: nn.Module, skill: Skill) -> None:
         ValueError: the net lacks one of the skill's modules, its layer has another size, or it cannot carry B @ A; the net is unchanged.
 
     """
-    _check_fit(net, skill)
+    check_fit(net, skill)
     detach(net)
     _inject(net, skill.ranks, 1.0)
     for name, layer in _layers(net).items():
@@ -81,16 +82,70 @@ def attach(net: nn.Module, skill: Skill) -> None:
 def fold(net: nn.Module, skill: Skill) -> None:
     """Add the skill's deltas into the base's weights, in place and for good: a skill that is trained now stands on this one.
 
+    Sums are in float32 or better and rounded once. `Folding` takes a skill out again.
+
     Raises:
         ValueError: as `attach`; the net is unchanged.
 
     """
-    _check_fit(net, skill)
+    check_fit(net, skill)
     for name, layer in _plain_modules(net).items():
         if name in skill:
-            delta = skill.delta(name)
-            weight = _weight(layer)
-            weight += (delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta).to(weight)
+            _add(layer, _weight(layer).detach(), skill, name)
+
+
+class Folding:
+    """One skill at a time folded into the weights of a live net, and taken out again bit for bit, however often and in any dtype.
+
+    The weights that a skill touches are kept as they were, once; every skill is added to those. Use it as a context, or call `clear`.
+
+    Args:
+        net: without an adapter on it. Nobody else may change the weights meanwhile.
+
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self._kept: dict[str, Tensor] = {}
+        self._folded: tuple[str, ...] = ()
+
+    def set(self, skill: Skill) -> None:
+        """Fold this skill in, instead of the one before; a ValueError, as from `attach`, leaves the one before."""
+        check_fit(self.net, skill)
+        self.clear()
+        for name in skill:
+            layer = self.net.get_submodule(name)
+            kept = self._kept.setdefault(name, _weight(layer).detach().clone())
+            _add(layer, kept, skill, name)
+        self._folded = tuple(skill)
+
+    def clear(self) -> None:
+        """Take the skill out: the weights are what they were, to the last bit."""
+        with torch.no_grad():
+            for name in self._folded:
+                _weight(self.net.get_submodule(name)).copy_(self._kept[name])
+        self._folded = ()
+
+    def __enter__(self) -> Folding:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the skill out."""
+        self.clear()
+
+
+def delta_like(layer: nn.Module, skill: Skill, module: str) -> Tensor:
+    """Dense delta of a module as its layer stores weights, in float32 or better."""
+    dtype = torch.promote_types(skill[module][0].dtype, torch.float32)
+    delta = skill.part([module]).to(dtype=dtype).delta(module)
+    return delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta
+
+
+def _add(layer: nn.Module, base: Tensor, skill: Skill, module: str) -> None:
+    delta = delta_like(layer, skill, module).to(base.device)
+    with torch.no_grad():
+        _weight(layer).copy_(base.to(torch.promote_types(base.dtype, delta.dtype)) + delta)
 
 
 def read(net: nn.Module) -> Skill:
@@ -153,7 +208,8 @@ def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def _check_fit(net: nn.Module, skill: Skill) -> None:
+def check_fit(net: nn.Module, skill: Skill) -> None:
+    """Check that a net has all modules of a skill, in its sizes; a ValueError names the first that does not fit."""
     modules = _plain_modules(net)
     for name, (a, b) in skill.factors.items():
         if name not in modules:
@@ -178,7 +234,9 @@ def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
         fan_in_fan_out=any(isinstance(net.get_submodule(name), Conv1D) for name in ranks),
     )
     training = net.training
-    inject_adapter_in_model(config, net, ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # factors beside a tied weight leave the tie alone
+        inject_adapter_in_model(config, net, ADAPTER)
     net.train(training)
     net.__dict__[MARK] = object()
 

@@ -17,6 +17,7 @@ from skillbank.bank.records import write_payload
 from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
 from skillbank.load import build_base, skills_on_base
 from skillbank.merge import merge
+from skillbank.shards import fold_checkpoint
 from skillbank.skill import Skill
 
 __all__ = ["export", "import_adapter"]
@@ -73,7 +74,7 @@ def import_adapter(
     return bank.put(skill, name, card=fields, adapter=found.options)
 
 
-def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) -> Path:
+def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, weights: str | Path | None = None) -> Path:
     """Write a version for other tools.
 
     Args:
@@ -81,13 +82,15 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) ->
         folder: made here; it must be empty or not there yet.
         bank: where the version is.
         merged: write the base's weights with the skill added to them, as `model.safetensors` with the model's conf beside them, instead of a
-            PEFT adapter.
+            PEFT adapter. Where the bank knows the base by its hashes alone, a complete Hugging Face folder, file by file, see `fold_checkpoint`.
+        weights: where such a base's files are; without it, in the folder or the Hub repository that the bank has them from.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: the folder holds something.
+        FileNotFoundError: the base's files are not there.
         ValueError: a base alone is no adapter; a gate's weights depend on the input, so that no adapter and no weights hold them.
 
     """
@@ -108,12 +111,29 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False) ->
         found = bank.get(bank.base_of([ref]))
         assert isinstance(found, Base | Checkpoint)
         base = found
+    if isinstance(base, Checkpoint):
+        if skill is None:
+            raise ValueError(f"{ref!r} is a checkpoint as it lies in {base.repo!r}: copy it from there")
+        fold_checkpoint(_located(base, weights), skill, folder)
+        return folder
     model = build_base(base)
-    assert isinstance(base, Base)
     if skill is not None:
         fold(model.net, skill)
     folder.mkdir(parents=True, exist_ok=True)
     write_payload(Base(base.model, model.state_dict()), folder, {}, {})
+    return folder
+
+
+def _located(base: Checkpoint, weights: str | Path | None) -> Path:
+    """Folder with the files of a checkpoint, which are those that the bank knows."""
+    if weights is not None or base.revision is None:
+        folder = Path(weights or base.repo)
+    else:
+        folder = snapshot(base.repo, repository_files(base.repo, base.revision), base.revision)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the weights of {base.repo!r} are not at {str(folder)!r}: say where they are with weights=... (--weights)")
+    if wrong := base.differences(folder):
+        raise ValueError(f"{str(folder)!r} does not hold the base that the skill was put with: {wrong[0]}")
     return folder
 
 

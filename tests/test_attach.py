@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from skillbank import Skill, attach, detach, fold, fresh, read, stack
+from skillbank import Folding, Skill, attach, detach, fold, fresh, read, stack
 from skillbank.attach import base_weights
 from tests.tiny import close, net_inputs, random_skill, tiny_policy
 
@@ -214,3 +214,37 @@ def test_base_weights_are_the_same_with_and_without_a_skill(zoo):
     assert all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(ValueError, match="no modules 'lost'"):
         base_weights(zoo, ["lost"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_folding_comes_out_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    net = tiny_policy().net.to(dtype)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    skills = [random_skill(net, rank=rank, seed=rank).to(dtype=torch.float32) for rank in (2, 3)]
+    folding = Folding(net)
+    first = None
+    for _ in range(30):
+        for skill in skills:
+            folding.set(skill)
+            folded = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        first = first or folded
+        assert all(torch.equal(folded[name], first[name]) for name in folded)
+        folding.clear()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    name = next(iter(skills[1]))
+    a, b = skills[1][name]
+    assert torch.equal(first[f"{name}.weight"], (before[f"{name}.weight"].float() + b @ a).to(dtype))
+
+
+def test_a_folding_is_a_context_and_refuses_what_does_not_fit():
+    net = tiny_policy().net
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    skill = random_skill(net, rank=2)
+    with Folding(net) as folding:
+        folding.set(skill)
+        changed = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        with pytest.raises(ValueError, match="the net has no module 'nowhere'"):
+            folding.set(Skill({"nowhere": next(iter(skill.factors.values()))}))
+        assert all(torch.equal(tensor, changed[name]) for name, tensor in net.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

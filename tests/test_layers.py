@@ -21,7 +21,7 @@ FILES = {
 
 ORDER = [
     *("words", "certificate", "tensors", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
-    *("exchange", "search", "artifacts"),
+    *("shards", "exchange", "search", "artifacts"),
     *("fit", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
@@ -52,7 +52,7 @@ HOMES = {
     "rich": {"display"},
     "safetensors": {"tensors", "bank.records"},
     "tqdm": {"fit"},
-    "transformers": {"attach"},
+    "transformers": {"attach", "shards"},
     "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},
 }

@@ -132,13 +132,14 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where to; made here.")],
     bank: BankOption = DEFAULT,
     merged: Annotated[bool, typer.Option("--merged", help="The base's weights with the skill added, instead of an adapter.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="With --merged: where the files of a base are that the bank knows by its hashes.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a skill or a merge as a PEFT adapter, or folded into its base."""
     from skillbank.exchange import export
 
     store = Bank(bank)
-    written = str(export(ref, folder, store, merged=merged))
+    written = str(export(ref, folder, store, merged=merged, weights=weights))
     answer(json, {"ref": str(store.resolve(ref)), "folder": written}, written)
 
 
