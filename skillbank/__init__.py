@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from skillbank.fit import fit, validation_loss
     from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
+    from skillbank.learn import learn_weights
     from skillbank.load import check_base, load
     from skillbank.merge import merge
     from skillbank.model import Model, Task, check_model
@@ -39,6 +40,7 @@ _HOME = {
     "fit": ["fit", "validation_loss"],
     "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
+    "learn": ["learn_weights"],
     "load": ["check_base", "load"],
     "merge": ["merge"],
     "model": ["Model", "Task", "check_model"],
@@ -76,6 +78,7 @@ __all__ = [
     "gram",
     "grow",
     "import_adapter",
+    "learn_weights",
     "load",
     "log_artifacts",
     "merge",

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -119,11 +119,11 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
 
 
 class Mixture:
-    """The one mutable cell: weights (B, K) or (B, T, K) that the hooks on a stack multiply into its rank channels."""
+    """The one mutable cell: weights (B, K) or (B, T, K), or such by module, that the hooks on a stack multiply into its rank channels."""
 
     def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
         attach(net, stack(skills))
-        self.weights: Tensor | None = None
+        self.weights: Tensor | Mapping[str, Tensor] | None = None
         self.count, self.mark = len(skills), mark(net)
         for name, (layer, axis) in channel_layers(net).items():
             ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
@@ -136,9 +136,10 @@ class Mixture:
             (hidden,) = inputs
             if self.weights is None:
                 raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
-            if len(hidden) != len(self.weights):
-                raise ValueError(f"module {name!r} runs on {len(hidden)} rows, the gate gave weights for {len(self.weights)}: it must keep the batch")
-            channels = self.weights[..., cast("Tensor", layer.owner)].to(hidden.dtype)
+            weights = self.weights if isinstance(self.weights, Tensor) else self.weights[name]
+            if len(hidden) != len(weights):
+                raise ValueError(f"module {name!r} runs on {len(hidden)} rows, the gate gave weights for {len(weights)}: it must keep the batch")
+            channels = weights[..., cast("Tensor", layer.owner)].to(hidden.dtype)
             return hidden * _aligned(channels, hidden, axis, name)
 
         return weight

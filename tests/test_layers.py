@@ -22,7 +22,7 @@ FILES = {
 ORDER = [
     *("words", "certificate", "tensors", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
     *("shards", "exchange", "search", "artifacts"),
-    *("fit", "recipe", "models", "tasks", "report", "display", "cli"),
+    *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 

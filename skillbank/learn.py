@@ -1,0 +1,126 @@
+"""Merge weights learned from data: by gradient through the exact weighted sum, one per skill or one per skill and module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from skillbank.fit import Fit, fit
+from skillbank.gate import Mixture
+from skillbank.model import Batch, Batches, Model, ModelModule
+from skillbank.skill import Skill, modules_of
+
+__all__ = ["Weighted", "learn_weights"]
+
+Objective = Callable[[ModelModule, Batch], Tensor]
+
+
+class Weighted(nn.Module):
+    """A model under K weights that are the same for every input, or K per module: a merge that is not carried out yet. A `Model`.
+
+    Args:
+        model: the base, changed in place: the stack of the skills is attached to its net.
+        skills: K skills.
+        start: (K,) to start from, default 1 / K each.
+        per_module: weights of its own for every module.
+        objective: what is minimised, from the model and a batch; default is the model's own loss.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        skills: Sequence[Skill],
+        *,
+        start: Sequence[float] | None = None,
+        per_module: bool = False,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        values = [1 / len(skills)] * len(skills) if start is None else list(start)
+        if len(values) != len(skills):
+            raise ValueError(f"got {len(values)} weights for {len(skills)} skills: give one weight per skill")
+        self.model, self.objective = cast("ModelModule", model), objective
+        self.mixture = Mixture(self.model.net, skills)
+        self.modules_of_skills = modules_of(skills) if per_module else None
+        self.weights = nn.Parameter(torch.tensor(values, device=next(model.parameters()).device).repeat(len(self.modules_of_skills or [0]), 1))
+        self.model.requires_grad_(False).eval()
+
+    @property
+    def net(self) -> nn.Module:
+        """Net of the base, with the stack on it."""
+        return self.model.net
+
+    def train(self, mode: bool = True) -> Weighted:
+        """Base and skills stay in eval mode."""
+        self.training = mode
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Objective under the weights, ()."""
+        self._mix(batch)
+        return self.model(batch) if self.objective is None else self.objective(self.model, batch)
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Tensor:
+        """Context of the base model."""
+        return self.model.context(batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Prediction of the base model under the weights."""
+        self._mix(batch)
+        return self.model.predict(batch)
+
+    def for_merge(self) -> list[float] | list[dict[str, float]]:
+        """Weights as `merge` takes them."""
+        rows = self.weights.detach().double().tolist()
+        if self.modules_of_skills is None:
+            return rows[0]
+        return [{name: row[k] for name, row in zip(self.modules_of_skills, rows, strict=True)} for k in range(len(rows[0]))]
+
+    def _mix(self, batch: Batch) -> None:
+        rows = len(next(iter(batch.values())))
+        each = [row.expand(rows, -1) for row in self.weights]
+        self.mixture.weights = each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True))
+
+
+def learn_weights(
+    model: Model,
+    skills: Sequence[Skill],
+    batches: Batches,
+    *,
+    steps: int = 200,
+    lr: float = 0.02,
+    start: Sequence[float] | None = None,
+    per_module: bool = False,
+    objective: Objective | None = None,
+    **options: Any,
+) -> tuple[list[float] | list[dict[str, float]], Fit]:
+    """Learn the weights of a merge from data.
+
+    The gradient goes through the factors, so that a step costs what a step of a gate costs, and what is learned is what `merge(skills, weights)`
+    computes. With weights per module this is LoRA soups' CAT (arXiv 2410.13025); with the entropy of the predictions as objective and unlabelled
+    batches, AdaMerging (arXiv 2310.02575).
+
+    Args:
+        model: the base; the skills are attached to it.
+        skills: K skills.
+        batches: as for `fit`, for example `task.batches(batch_size=256, seed=0)`.
+        steps: of the optimiser.
+        lr: learning rate.
+        start: (K,) to start from, default 1 / K each.
+        per_module: weights of its own for every module.
+        objective: from the model and a batch to what is minimised, (); default is the model's loss.
+        options: of `fit`.
+
+    Returns:
+        Weights for `merge`, (K,) or a mapping per skill; and what the training came to.
+
+    """
+    weighted = Weighted(cast("nn.Module", model), skills, start=start, per_module=per_module, objective=objective)
+    came_to = fit(weighted, batches, [weighted.weights], steps=steps, lr=lr, **{"weight_decay": 0.0, "ema": None, **options})
+    return weighted.for_merge(), came_to
