@@ -1,5 +1,6 @@
 """The benchmarks run, and what they compose is what they say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_merging_beside_its_peers():
     assert done.returncode == 0, done.stderr[-2000:]
     header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:3])
     assert float(dict(zip(header, row, strict=True))["ours, error"]) == pytest.approx(1, abs=0.01)
+
+
+def test_merges_are_what_they_promise_or_refused(tmp_path):
+    done = run("benchmarks.merge_correctness", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in json.loads((tmp_path / "rows.json").read_text()):
+        refused = row[""] in ("DoRA", "a bias in LoRA", "biases of the base")
+        assert [row[name] == "refused" for name in ("stack", "svd")] == [refused] * 2, row
+        assert refused or max(float(row["stack"]), float(row["svd"])) < 1e-6, row
 
 
 def test_a_quick_cell_of_the_experiment():
