@@ -85,13 +85,12 @@ def fold(net: nn.Module, skill: Skill) -> None:
     Sums are in float32 or better and rounded once. `Folding` takes a skill out again.
 
     Raises:
-        ValueError: as `attach`; the net is unchanged.
+        ValueError: as `attach`, or a weight that is tied to another or quantised; the net is unchanged.
 
     """
-    check_fit(net, skill)
-    for name, layer in _plain_modules(net).items():
-        if name in skill:
-            _add(layer, _weight(layer).detach(), skill, name)
+    layers = _foldable(net, skill)
+    for name, layer in layers.items():
+        _add(layer, _weight(layer).detach(), skill, name)
 
 
 class Folding:
@@ -107,24 +106,25 @@ class Folding:
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self._kept: dict[str, Tensor] = {}
-        self._folded: tuple[str, ...] = ()
+        self._folded: dict[str, nn.Module] = {}
 
     def set(self, skill: Skill) -> None:
-        """Fold this skill in, instead of the one before; a ValueError, as from `attach`, leaves the one before."""
-        check_fit(self.net, skill)
+        """Fold this skill in, instead of the one before; a ValueError, as from `fold`, leaves the one before."""
+        layers = _foldable(self.net, skill)
         self.clear()
-        for name in skill:
-            layer = self.net.get_submodule(name)
-            kept = self._kept.setdefault(name, _weight(layer).detach().clone())
-            _add(layer, kept, skill, name)
-        self._folded = tuple(skill)
+        for name, layer in layers.items():
+            if name not in self._kept:
+                self._kept[name] = _weight(layer).detach().clone()
+        self._folded = layers  # before the first sum, so that whatever stops it is taken out again
+        for name, layer in layers.items():
+            _add(layer, self._kept[name], skill, name)
 
     def clear(self) -> None:
         """Take the skill out: the weights are what they were, to the last bit."""
         with torch.no_grad():
-            for name in self._folded:
-                _weight(self.net.get_submodule(name)).copy_(self._kept[name])
-        self._folded = ()
+            for name, layer in self._folded.items():
+                _weight(layer).copy_(self._kept[name])
+        self._folded = {}
 
     def __enter__(self) -> Folding:
         """Itself."""
@@ -140,6 +140,24 @@ def delta_like(layer: nn.Module, skill: Skill, module: str) -> Tensor:
     dtype = torch.promote_types(skill[module][0].dtype, torch.float32)
     delta = skill.part([module]).to(dtype=dtype).delta(module)
     return delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta
+
+
+def _foldable(net: nn.Module, skill: Skill) -> dict[str, nn.Module]:
+    """Layers that a skill is added to."""
+    check_fit(net, skill)
+    plain = _plain_modules(net)
+    layers = {name: plain[name] for name in skill}
+    owners: dict[int, list[str]] = {}
+    for name, layer in net.named_modules(remove_duplicate=False):
+        for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{own}")
+    for name, layer in layers.items():
+        weight = _weight(layer)
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(f"module {name!r} has weights of {weight.dtype}, which no skill can be folded into: attach it")
+        if len(tied := owners[id(weight)]) > 1:
+            raise ValueError(f"module {name!r} shares its weight, {tied}, so that a skill folded into one changes the others: attach it")
+    return layers
 
 
 def _add(layer: nn.Module, base: Tensor, skill: Skill, module: str) -> None:

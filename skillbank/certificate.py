@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ class Certificate:
         method: name of the merge method.
         exact: whether the merged deltas equal the weighted sum up to rounding in the skills' dtype.
         error: `||sum_k w_k delta_k - merged||_F / ||sum_k w_k delta_k||_F` over all modules; 0 where the sum itself is zero and so is the merge.
-        energy: share of the sum's squared norm that the merge keeps, `1 - error^2` for an optimal truncation.
+        energy: `1 - error^2`, or 0: the share of the sum's squared norm that the best approximation at a rank keeps; of other methods it says less.
         errors: the same relative error per module.
         ranks: rank per module after the merge.
         conflict: cosine of every pair of weighted skills, (K, K): near -1 they cancel, near 0 they do not meet, near 1 they agree.
@@ -39,5 +40,11 @@ class Certificate:
     cancelled: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a card."""
-        return asdict(self)
+        """Plain values, for a card; None for an error that has no measure, because the weighted sum is zero and the merge is not."""
+        return {key: _finite(value) for key, value in asdict(self).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

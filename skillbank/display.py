@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,10 @@ def print_parts(what: str, parts: Mapping[str, float]) -> None:
 
 def print_certificate(certificate: Mapping[str, Any], refs: Sequence[str]) -> None:
     """Print what a merge did: in total, between the skills, and where it is farthest from their weighted sum."""
-    what = "exactly the weighted sum" if certificate["exact"] else f"{certificate['error']:.3g} from the weighted sum, of whose energy it keeps"
-    kept = "" if certificate["exact"] else f" {certificate['energy']:.1%}"
-    print(f"{certificate['method']}: {what}{kept}")
+    error = certificate["error"]
+    away = "no measure, for that is zero" if error is None else f"{error:.3g} of it"
+    kept = "" if certificate["cut"] is not None or error is None else f"; {certificate['energy']:.1%} of its energy is kept"
+    print(f"{certificate['method']}: " + ("exactly the weighted sum" if certificate["exact"] else f"away from the weighted sum by {away}{kept}"))
     if certificate["cut"]:
         print(f"cut to its rank, which takes away {certificate['cut']:.3g} of it")
     print(f"{certificate['cancelled']:.1%} of the skills' energy cancels in their sum")
@@ -63,8 +65,10 @@ def print_certificate(certificate: Mapping[str, Any], refs: Sequence[str]) -> No
         table.add_row(ref, *(f"{value:.3f}" for value in row))
     print_one(table)
     table = new_table("module", "rank", "effective rank", "relative error")
-    for name, error in sorted(certificate["errors"].items(), key=lambda item: -item[1])[:10]:
-        table.add_row(name, str(certificate["ranks"][name]), f"{certificate['effective_ranks'][name]:.1f}", f"{error:.3g}")
+    for name, error in sorted(
+        ((name, math.inf if each is None else each) for name, each in certificate["errors"].items()), key=lambda item: -item[1]
+    )[:10]:
+        table.add_row(name, str(certificate["ranks"].get(name, 0)), f"{certificate['effective_ranks'][name]:.1f}", f"{error:.3g}")
     print_one(table)
 
 

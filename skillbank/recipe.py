@@ -170,8 +170,10 @@ def merge_versions(
     recipe = {key: value for key, value in {"method": method, "weights": weights, **options}.items() if value is not None}
     each = [None] * len(exact) if weights is None else [w if isinstance(w, int | float) else None for w in weights]
     parents = [{"ref": str(ref), "weight": w, "hash": card.hash} for ref, w, card in zip(exact, each, cards, strict=True)]
-    metrics = {"merge_error": skill.certificate.error, "merge_energy": skill.certificate.energy}
-    fields = {"parents": parents, "conf": {"merge": recipe, "certificate": skill.certificate.to_dict()}, "metrics": metrics}
+    certificate = skill.certificate.to_dict()
+    metrics = {"merge_error": certificate["error"], "merge_energy": certificate["energy"]}
+    measured = {key: value for key, value in metrics.items() if value is not None}
+    fields = {"parents": parents, "conf": {"merge": recipe, "certificate": certificate}, "metrics": measured}
     base = cards[0].base
     return skill, fields if base is None else {**fields, "base": base["ref"] or {"name": base["name"]}}
 

@@ -136,6 +136,8 @@ class Skill:
     def delta(self, module: str) -> Tensor:
         """Dense change of the weight, (O, I, *kernel): for looking at, never on a hot path."""
         a, b = self[module]
+        dtype = promote([a, b])
+        a, b = a.to(dtype), b.to(dtype)
         return (b @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Skill:
@@ -191,7 +193,7 @@ def core(skills: Sequence[Skill], module: str, dtype: torch.dtype = torch.float6
     pairs = [(k, *skill[module]) for k, skill in enumerate(skills) if module in skill]
     if not pairs:
         raise KeyError(f"none of the {len(skills)} skills has module {module!r}")
-    _check_shapes(module, [(a, b) for _, a, b in pairs])
+    check_shapes(module, [(a, b) for _, a, b in pairs])
     first = pairs[0][1]
     left, r_left = torch.linalg.qr(torch.cat([b.to(dtype) for _, _, b in pairs], dim=1))
     right, r_right = torch.linalg.qr(torch.cat([a.flatten(1).to(dtype) for _, a, _ in pairs], dim=0).mT)
@@ -230,10 +232,10 @@ def stack(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
     factors: dict[str, Factor] = {}
     for name in modules_of(skills):
         pairs = [(*skill[name], w) for skill, w in zip(skills, values, strict=True) if name in skill]
-        _check_shapes(name, [(a, b) for a, b, _ in pairs])
-        dtype = promote([a for a, _, _ in pairs])
+        check_shapes(name, [(a, b) for a, b, _ in pairs])
+        dtype = promote([half for a, b, _ in pairs for half in (a, b)])
         a = torch.cat([a.to(dtype) for a, _, _ in pairs], dim=0)
-        factors[name] = (a, torch.cat([(b if w == 1.0 else b * w).to(dtype) for _, b, w in pairs], dim=1))
+        factors[name] = (a, torch.cat([b.to(dtype) if w == 1.0 else b.to(dtype) * w for _, b, w in pairs], dim=1))
     return Skill(factors, frozenset().union(*(skill.embeddings for skill in skills)))
 
 
@@ -253,8 +255,21 @@ def truncate(skill: Skill, *, rank: int | None = None, error: float | None = Non
     """
     if (rank, error, budget).count(None) != 2:
         raise ValueError(f"give either a rank, an error or a budget, got rank={rank}, error={error} and budget={budget}")
-    parts = {name: (each, each.cores[0], skill[name][0].dtype) for name in skill for each in [core([skill], name)]}
-    return from_cores(parts, skill.embeddings, rank=rank, error=error, budget=budget)
+    check_cut(rank, error, budget, len(skill))
+    parts = {name: (each, each.cores[0], promote(skill[name])) for name in skill for each in [core([skill], name)]}
+    return from_cores(parts, skill.embeddings, rank=rank, error=error, budget=budget)[0]
+
+
+def check_cut(rank: int | None, error: float | None, budget: int | None, modules: int) -> None:
+    """Check what says where singular values are cut; a ValueError names what is out of range, or that there are several."""
+    if (rank, error, budget).count(None) < 2:
+        raise ValueError(f"give one of rank, error and budget, got rank={rank}, error={error} and budget={budget}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if error is not None and not 0 <= error < 1:
+        raise ValueError(f"error is a share of the norm in [0, 1), got {error}")
+    if budget is not None and budget < modules:
+        raise ValueError(f"a budget of {budget} ranks is too small for {modules} modules, which keep one each: give more")
 
 
 def from_cores(
@@ -264,7 +279,7 @@ def from_cores(
     rank: int | None = None,
     error: float | None = None,
     budget: int | None = None,
-) -> Skill:
+) -> tuple[Skill, dict[str, float]]:
     """Skill whose deltas are `Q_B C Q_A^T`, in balanced factors of their singular values.
 
     Args:
@@ -274,18 +289,14 @@ def from_cores(
         error: a share of the norm.
         budget: ranks in total.
 
+    Returns:
+        The skill, and per module the norm of the singular values that it keeps.
+
     Raises:
         ValueError: values out of range, or several of them.
 
     """
-    if (rank, error, budget).count(None) < 2:
-        raise ValueError(f"give one of rank, error and budget, got rank={rank}, error={error} and budget={budget}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if error is not None and not 0 <= error < 1:
-        raise ValueError(f"error is a share of the norm in [0, 1), got {error}")
-    if budget is not None and budget < len(parts):
-        raise ValueError(f"a budget of {budget} ranks is too small for {len(parts)} modules, which keep one each: give more")
+    check_cut(rank, error, budget, len(parts))
     svds = {name: torch.linalg.svd(matrix, full_matrices=False) for name, (_, matrix, _) in parts.items()}
     values = {name: s for name, (_, s, _) in svds.items()}
     if rank is not None:
@@ -301,7 +312,7 @@ def from_cores(
         (u, s, vh), q = svds[name], keep[name]
         a, b = bases.factor((bases.left @ u)[:, :q], s[:q], (bases.right @ vh.mT)[:, :q])
         factors[name] = (a.to(dtype), b.to(dtype))
-    return Skill(factors, embeddings)
+    return Skill(factors, embeddings & set(factors)), {name: float(s[: keep[name]].norm()) for name, s in values.items()}
 
 
 def gram(skills: Sequence[Skill]) -> Tensor:
@@ -348,7 +359,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
-def _check_shapes(module: str, pairs: Sequence[Factor]) -> None:
+def check_shapes(module: str, pairs: Sequence[Factor]) -> None:
+    """Check that factors of one module are of layers of one size; a ValueError names the sizes."""
     sizes = [(b.shape[0], tuple(a.shape[1:])) for a, b in pairs]
     if len(set(sizes)) > 1:
         raise ValueError(f"module {module!r} has another size in another skill, (out, in): {sizes}; these skills belong to different bases")

@@ -130,14 +130,10 @@ def slerp(deltas, weights):
 
 
 def nuslerp(deltas, weights):
-    a, b = deltas
-    if not a.norm() * b.norm():
-        return (weights[0] * a + weights[1] * b) / sum(weights)
-    t = weights[1] / sum(weights)
-    return slerp([a / a.norm(), b / b.norm()], weights) * ((1 - t) * a.norm() + t * b.norm())
+    return torch.stack([slerp(list(rows), weights) for rows in zip(*deltas, strict=True)])
 
 
-def karcher(deltas, weights, steps=2000):
+def karcher(deltas, weights, steps=2000, project=False):
     there = [(d / d.norm(), w) for d, w in zip(deltas, weights, strict=True) if d.norm()]
     mean = sum(w * u for u, w in there)
     mean = mean / mean.norm()
@@ -146,7 +142,7 @@ def karcher(deltas, weights, steps=2000):
         for u, w in there:
             theta = angle(u, mean)
             if theta > 1e-9:
-                tangent += w / sum(weights) * theta / torch.sin(theta) * (u - torch.cos(theta) * mean)
+                tangent += w / sum(weights) * (1 if project else theta / torch.sin(theta)) * (u - torch.cos(theta) * mean)
         if tangent.norm() < 1e-13:
             break
         mean = torch.cos(tangent.norm()) * mean + torch.sin(tangent.norm()) * tangent / tangent.norm()
@@ -202,12 +198,14 @@ def opcm(deltas, weights):
     for count, each in enumerate(weighted, 1):
         if not any(d.norm() for d in weighted[:count]):
             continue
-        u, s, vh = torch.linalg.svd(total)
-        top = int((s.cumsum(0) < 0.5 * s.sum()).sum()) + 1 if s.sum() else 0
-        coordinates = u.mT @ each @ vh.mT
-        coordinates[:top] = 0
-        coordinates[:, :top] = 0
-        total = scale * total + u @ coordinates @ vh
+        u, s, vh = truncated(total)
+        taken = torch.zeros_like(total)
+        top = int((s.cumsum(0) <= 0.5 * s.sum()).sum())
+        for i in range(len(s)):
+            for j in range(len(s)):
+                if i == j or max(i, j) < top:
+                    taken += (u[:, i] @ each @ vh[j]) * torch.outer(u[:, i], vh[j])
+        total = scale * total + each - taken
         scale = total.norm() / (sum(d.norm() for d in weighted[:count]) / count)
         total = total / scale
     return total
@@ -320,7 +318,7 @@ ORACLES = {
     "slerp": slerp,
     "nuslerp": nuslerp,
     "karcher": karcher,
-    "multislerp": lambda deltas, weights: karcher(deltas, weights, steps=1),
+    "multislerp": lambda deltas, weights: karcher(deltas, weights, steps=1, project=True),
     "model_stock": model_stock,
     "tsv_m": tsv_m,
     "iso_c": iso_c,

@@ -102,12 +102,18 @@ def merge(
     if wrong := [each for each in option or [] if not re.fullmatch(r"\w+=.+", each)]:
         raise ValueError(f"--set {wrong[0]!r} sets nothing: write it as density=0.3")
     pairs = dict(each.split("=", 1) for each in option or [])
-    options = {key: _value(text) for key, text in pairs.items()} | {"rank": rank, "error": error, "budget": budget}
-    given = {key: value for key, value in options.items() if value is not None}
+    options = {key: _value(text) for key, text in pairs.items()}
+    own = {"rank": rank, "error": error, "budget": budget}
+    if doubled := sorted({key for key, value in own.items() if value is not None} & set(options) | {"method", "weights"} & set(options)):
+        raise ValueError(f"--set {doubled[0]}=... is what --{doubled[0]} is for: give it there")
+    given = options | {key: value for key, value in own.items() if value is not None}
     values = None if weights is None else _value(f"[{weights}]")
     if not all(isinstance(each, int | float | dict) for each in values or []) or isinstance(values, str):
         raise ValueError(f"--weights {weights!r} are no numbers: write them as .6,-.4")
-    skill, card = merge_versions(refs, store, weights=values, method=method, **given)
+    try:
+        skill, card = merge_versions(refs, store, weights=values, method=method, **given)
+    except TypeError as error_:
+        raise ValueError(f"{method!r} cannot do with {given}: {error_}") from error_
     ref = None if output is None else str(store.put(skill, output, card=card))
     certificate = card["conf"]["certificate"]
     if json:

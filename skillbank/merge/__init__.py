@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import import_module
-from inspect import Parameter, signature
 from pkgutil import iter_modules
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge.registry import LAWS, METHODS, Entry, Method, described, find, method
-from skillbank.skill import Core, Skill, core, cosines, modules_of
-from skillbank.words import did_you_mean
+from skillbank.merge.lift import resolution
+from skillbank.merge.registry import LAWS, METHODS, Entry, Method, check_options, described, find, method
+from skillbank.skill import Core, Skill, check_shapes, core, cosines, modules_of, promote
 
 __all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "described", "merge", "method"]
 
@@ -34,22 +33,25 @@ def merge(
         skills: K >= 1 skills of the same base; ranks, dtypes and adapted modules may differ.
         weights: (K,), negative ones where the method has a meaning for them; None for what the method takes then: 1 / K each where it is a mean,
             1 each where skills add up. A skill at weight 0 is absent. Instead of a number, {pattern of module paths: weight}, such as
-            `{"*.q_proj": 0.7, "*": 0.3}`; of those that fit, the longest counts.
+            `{"*.q_proj": 0.7, "*": 0.3}`; of those that fit, the longest counts. A module that a skill lacks has a delta of zeros there.
         method: a name in `METHODS` or a function of the same form.
         options: what the method takes, for example `rank=8`, `error=0.05` or `density=0.2`.
 
     Raises:
-        ValueError: an unknown method or option, no skills, another number of weights than skills, weights that are not finite, a module that no
-            pattern fits, or a method's own complaint.
+        ValueError: an unknown method or option, no skills, skills of different bases or devices, another number of weights than skills, weights that
+            are not finite, a module that no pattern fits, a pattern that fits no module, or a method's own complaint.
 
     """
     if not skills:
         raise ValueError("merge needs at least one skill, got none")
-    entry = find(method) if isinstance(method, str) else Entry(method, None, {})
+    entry = find(method) if isinstance(method, str) else Entry(method)
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    _check_options(name, entry.function, options)
+    check_options(name, entry.function, options)
+    _check_together(skills)
     each = 1 / len(skills) if entry.weight is None else entry.weight
-    at = _per_module(skills, [each] * len(skills) if weights is None else list(weights))
+    at = _per_module(skills, [each] * len(skills) if weights is None else weights)
+    if entry.first and any(values[0] == 0 for values in at.values()):
+        raise ValueError(f"the first skill has weight 0, but {name!r} starts from it: give it another weight, or put another skill first")
     groups: dict[tuple[float, ...], list[str]] = {}
     for module, values in at.items():
         groups.setdefault(values, []).append(module)
@@ -60,25 +62,41 @@ def merge(
     return replace(merged, certificate=certify(skills, at, merged, name, _cut(found)))
 
 
-def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float] | Tensor]) -> dict[str, tuple[float, ...]]:
+def _check_together(skills: Sequence[Skill]) -> None:
+    devices = {str(half.device) for skill in skills for pair in skill.factors.values() for half in pair}
+    if len(devices) > 1:
+        raise ValueError(f"the skills are on different devices {sorted(devices)}: move them with skill.to(device)")
+    for module in modules_of(skills):
+        check_shapes(module, [skill[module] for skill in skills if module in skill])
+
+
+def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float]] | Tensor) -> dict[str, tuple[float, ...]]:
     """Weights of all skills for every module."""
-    if len(weights) != len(skills):
-        raise ValueError(f"got {len(weights)} weights for {len(skills)} skills: give one weight per skill")
-    flat = [value for each in weights for value in (each.values() if isinstance(each, Mapping) else [each])]
-    if any(isinstance(value, Tensor) and value.dim() for value in flat):
-        raise ValueError(f"got weights of several dimensions for {len(skills)} skills: give one weight per skill")
-    if not all(math.isfinite(float(value)) for value in flat):
-        raise ValueError(f"weights must be finite, got {[float(value) for value in flat]}")
-    return {module: tuple(_at(module, each) for each in weights) for module in modules_of(skills)}
+    given = (
+        weights.tolist()
+        if isinstance(weights, Tensor)
+        else [each.item() if isinstance(each, Tensor) and each.numel() == 1 else each for each in weights]
+    )
+    if not isinstance(given, list) or len(given) != len(skills):
+        raise ValueError(f"got {len(given) if isinstance(given, list) else 1} weights for {len(skills)} skills: give one weight per skill")
+    modules = modules_of(skills)
+    for each in given:
+        for value in each.values() if isinstance(each, Mapping) else [each]:
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"weights must be finite numbers, got {value!r}: give one weight per skill")
+        for pattern in each if isinstance(each, Mapping) else ():
+            if not any(fnmatchcase(module, pattern) for module in modules):
+                raise ValueError(f"the pattern {pattern!r} fits no module of the skills, which have {modules[:12]}")
+    return {module: tuple(_at(module, each, module in skill) for each, skill in zip(given, skills, strict=True)) for module in modules}
 
 
-def _at(module: str, weight: float | Mapping[str, float] | Tensor) -> float:
+def _at(module: str, weight: float | Mapping[str, float], there: bool) -> float:
     if not isinstance(weight, Mapping):
         return float(weight)
     fitting = [pattern for pattern in weight if fnmatchcase(module, pattern)]
-    if not fitting:
+    if not fitting and there:
         raise ValueError(f"module {module!r} fits none of the patterns {list(weight)}: give a weight for '*', the rest")
-    return float(weight[max(fitting, key=lambda pattern: (len(pattern), pattern))])
+    return float(weight[max(fitting, key=lambda pattern: (len(pattern), pattern))]) if fitting else 0.0
 
 
 def _merged(
@@ -108,6 +126,8 @@ def _together(parts: Sequence[Skill]) -> Skill:
 
 def _cut(found: Sequence[tuple[Skill, float | None]]) -> float | None:
     """Relative error of all cuts together, from the norms of what they left."""
+    if len(found) == 1:
+        return found[0][1]
     cuts = [(skill.norm(), cut) for skill, cut in found if cut is not None]
     if len(cuts) < len(found):
         return None
@@ -116,19 +136,8 @@ def _cut(found: Sequence[tuple[Skill, float | None]]) -> float | None:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _check_options(name: str, function: Method, options: Mapping[str, Any]) -> None:
-    """Check that a method takes the options; a ValueError says which it takes."""
-    known = [key for key, each in signature(function).parameters.items() if each.kind is Parameter.KEYWORD_ONLY]
-    if any(each.kind is Parameter.VAR_KEYWORD for each in signature(function).parameters.values()):
-        return
-    for key in options:
-        if key not in known:
-            raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options.'}")
-
-
 def certify(skills: Sequence[Skill], weights: Mapping[str, tuple[float, ...]], merged: Skill, method: str, cut: float | None = None) -> Certificate:
     """Compare `merged` with the exact sum of the skills under `weights` (K,) per module, in the QR core of the skills."""
-    resolution = 16 * torch.finfo(merged[next(iter(merged))][0].dtype).eps
     norms: dict[str, tuple[float, float, float]] = {}
     effective: dict[str, float] = {}
     products = torch.zeros(len(skills), len(skills), dtype=torch.float64)
@@ -137,8 +146,11 @@ def certify(skills: Sequence[Skill], weights: Mapping[str, tuple[float, ...]], m
         flat = (here.cores * torch.tensor(values, dtype=torch.float64).to(here.cores)[:, None, None]).flatten(1)
         total = flat.sum(0).reshape(here.cores.shape[1:])
         products += (flat @ flat.mT).cpu()
+        if name not in merged:  # every skill that has it is at weight 0
+            norms[name], effective[name] = (float(total.norm()), float(total.norm()), 0.0), 0.0
+            continue
         a, b = (half.to(here.cores) for half in merged[name])
-        norms[name] = _distance(here, total, a.flatten(1), b), float(total.norm()), resolution * float(flat.norm())
+        norms[name] = _distance(here, total, a.flatten(1), b), float(total.norm()), resolution(promote(merged[name])) * float(flat.norm())
         effective[name] = _effective_rank(a.flatten(1), b)
     lost, whole, rounding = (math.hypot(*column) for column in zip(*norms.values(), strict=True))
     error, apart = _share(lost, whole, rounding), float(products.trace())

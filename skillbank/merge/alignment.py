@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skillbank.merge.dense import combined
-from skillbank.merge.lift import Merged, on_cores, on_modules, present
+from skillbank.merge.lift import Merged, dtype_of, on_modules, present, resolution
 from skillbank.merge.registry import method
 from skillbank.skill import Skill, core
 
@@ -24,6 +24,8 @@ _INNER = {"single": "the inner method cuts entries"}
 def knots(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Merged:
     """Align, then merge: `[D_1, ..., D_K] = U S [V_1, ..., V_K]`, the V_k merged entry by entry to V, and `U S V`. arXiv 2410.19735.
 
+    Weights multiply the deltas first.
+
     Args:
         skills: K skills.
         weights: (K,), any sign.
@@ -36,27 +38,34 @@ def knots(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str =
     here = core(skills, module)
     deltas = here.cores * weights.to(here.cores)[:, None, None]
     u, s, vh = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
-    there = s > s[0] * max(vh.shape) * torch.finfo(s.dtype).eps
+    there = s > resolution(dtype_of(skills, module)) * deltas.norm()
+    if not there.any():
+        return Merged(here, torch.zeros_like(deltas[0]))
     rows = torch.stack(vh[there].split(deltas.shape[2], dim=1)) @ here.right.mT
-    right, triangle = torch.linalg.qr(combined(rows, inner, options).mT)
+    right, triangle = torch.linalg.qr(combined(rows, module, inner, options).mT)
     return Merged(replace(here, right=right), u[:, there] * s[there] @ triangle.mT)
 
 
 @method("core_space", weight=1.0, breaks=_INNER)
-@on_cores
-def core_space(cores: Tensor, weights: Tensor, *, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Tensor:
+@on_modules
+def core_space(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str = "ties", options: Mapping[str, Any] | None = None) -> Merged:
     """An entrywise merge of the R x R cores: `C_k = U^T D_k V` in the singular directions of all deltas side by side, and one above the other.
 
     Lossless, since those directions span all skills. arXiv 2509.17786 takes them from the stacked factors, which depend on how a skill is stored.
 
     Args:
-        cores: deltas (K, P, P').
+        skills: K skills.
         weights: (K,), any sign.
+        module: which.
         inner: an entrywise merge method.
         options: of the inner method.
 
     """
-    deltas = cores * weights[:, None, None]
-    u = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)[0]
-    vh = torch.linalg.svd(torch.cat(list(deltas), dim=0), full_matrices=False)[2]
-    return u @ combined(u.mT @ deltas @ vh.mT, inner, options) @ vh
+    skills, weights = present(skills, weights)
+    here = core(skills, module)
+    deltas = here.cores * weights.to(here.cores)[:, None, None]
+    noise = resolution(dtype_of(skills, module)) * deltas.norm()
+    u, s, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
+    _, t, vh = torch.linalg.svd(torch.cat(list(deltas), dim=0), full_matrices=False)
+    u, vh = u[:, s > noise], vh[t > noise]
+    return Merged(here, u @ combined(u.mT @ deltas @ vh.mT, module, inner, options) @ vh)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from skillbank.merge.lift import Merged, dtype_of, on_modules, present
-from skillbank.merge.registry import Method, find
-from skillbank.merge.tiles import Tiles
+from skillbank.merge.registry import Method, check_options, find
+from skillbank.merge.tiles import DenseTiles, Tiles
 from skillbank.skill import Core, Skill
 
 __all__ = ["Combine", "combined", "fitted", "on_entries"]
@@ -21,7 +21,7 @@ __all__ = ["Combine", "combined", "fitted", "on_entries"]
 Combine = Callable[[Tensor, int], Tensor]
 """From tile (K, rows, I') and its number to the merged rows (rows, I')."""
 
-_LOOKS = 2
+_LOOKS = 3
 """Of the subspace iteration, at everything and back."""
 _MORE = 8
 
@@ -34,17 +34,17 @@ def on_entries(function: Callable[..., Combine]) -> Method:
     """
 
     @wraps(function)
-    def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, rank: int | None, **options: Any) -> Merged:
+    def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, most: int | None, **options: Any) -> Merged:
         skills, weights = present(skills, weights)
         there = [skill[module][0] for skill in skills if module in skill]
         tiles = _tiles(skills, weights, module)
-        most = min(tiles.shape) if rank == 0 else rank or sum(map(len, there))
-        return fitted(tiles, function(tiles, **options), most, there[0].shape[1:])
+        rank = min(tiles.shape) if most == 0 else most or sum(map(len, there))
+        return fitted(tiles, function(tiles, **options), rank, there[0].shape[1:])
 
     shape = signature(function)
     whole = signature(lifted, follow_wrapped=False).parameters
     own = [each for each in shape.parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
-    parameters = [whole["skills"], whole["weights"], whole["module"], whole["rank"], *own]
+    parameters = [whole["skills"], whole["weights"], whole["module"], whole["most"], *own]
     vars(lifted)["__signature__"] = shape.replace(parameters=parameters)
     method = on_modules(lifted)
     vars(method)["entries"] = function
@@ -63,7 +63,7 @@ def _tiles(skills: Sequence[Skill], weights: Tensor, module: str) -> Tiles:
 
 
 def fitted(tiles: Tiles, combine: Combine, rank: int, shape: torch.Size) -> Merged:
-    """Best fit of a dense merge M at a rank: by subspace iteration, or exactly where the rank is not much less than full.
+    """Fit of a dense merge M at a rank: the best one where the rank is not much less than full, else by subspace iteration, which is near it.
 
     Args:
         tiles: what is merged.
@@ -92,17 +92,20 @@ def fitted(tiles: Tiles, combine: Combine, rank: int, shape: torch.Size) -> Merg
     return Merged(bases, s[:rank].diag(), math.sqrt(square))
 
 
-def combined(deltas: Tensor, name: str, options: Mapping[str, Any] | None = None) -> Tensor:
+def combined(deltas: Tensor, module: str, name: str, options: Mapping[str, Any] | None = None) -> Tensor:
     """An entrywise merge method on deltas that are there, (K, O, I') to (O, I').
 
     Raises:
-        ValueError: there is no such method, or it is not entrywise.
+        ValueError: there is no such method, it is not entrywise, or it takes no such option.
 
     """
     inner = getattr(find(name).function, "entries", None)
     if inner is None:
         raise ValueError(f"inner merge method {name!r} does not work entry by entry: take ties, dare, magmax or another that does")
+    check_options(name, inner, options or {})
+    if not deltas.numel():
+        return deltas[0]
     noise = 16 * torch.finfo(deltas.dtype).eps * deltas.abs().amax()
-    tiles = Tiles.dense(torch.where(deltas.abs() > noise, deltas, 0))  # what is rounding has no sign
+    tiles = DenseTiles(module=module, deltas=torch.where(deltas.abs() > noise, deltas, 0))  # what is rounding has no sign
     combine = inner(tiles, **(options or {}))
     return torch.cat([combine(tile, number) for number, tile in enumerate(tiles)])

@@ -22,8 +22,8 @@ _DRAWN = {"single": "entries are dropped at random", "order": "every skill has i
 
 
 def _share(name: str, value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} is a share of the entries in (0, 1], got {value}")
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError(f"{name} is a share of the entries in (0, 1], got {value!r}")
     return value
 
 
@@ -62,6 +62,8 @@ def magnitude(tiles: Tiles, *, density: float = 0.5) -> Combine:
 @on_entries
 def ties(tiles: Tiles, *, density: float = 0.2) -> Combine:
     """Trim, elect signs, and mean of what agrees: the sign of an entry is that of the sum of the trimmed weighted deltas. arXiv 2306.01708.
+
+    Trimmed module by module, where the paper trims all modules together.
 
     Args:
         tiles: weighted deltas.
@@ -109,7 +111,7 @@ def dare_ties(tiles: Tiles, *, density: float = 0.5, seed: int = 0) -> Combine:
 
 def _magprune(tiles: Tiles, density: float, spread: float, seed: int) -> Combine:
     _share("density", density)
-    if not 0 <= spread < min(density, 1 - density) + (density == 1):
+    if density < 1 and not 0 <= spread <= min(density, 1 - density) + 1e-9:
         raise ValueError(f"spread must leave all probabilities in (0, 1], got density {density} and spread {spread}: take a smaller one")
 
     def prune(tile: Tensor, number: int) -> Tensor:
@@ -127,7 +129,7 @@ def della(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2, seed: int 
     """Weighted sum of deltas whose small entries are dropped more often than their large ones, each divided by its own probability to stay.
 
     The probability grows with the place in the row from `density - spread` to `density + spread`; on average this is the exact sum.
-    arXiv 2406.11617.
+    The first step of arXiv 2406.11617, without its election of signs: mergekit's `della_linear`. `della_ties` is the whole.
 
     Args:
         tiles: weighted deltas.
@@ -222,11 +224,11 @@ def sce(tiles: Tiles, *, density: float = 0.5) -> Combine:
     def selected(tile: Tensor) -> Tensor:
         return torch.where(variance(tile) >= least.to(tile), tile, 0)
 
-    energy = sum((selected(tile).square().sum((1, 2)) for tile in tiles), torch.zeros(len(tiles)))[:, None, None]
+    energy = torch.stack([selected(tile).square().sum((1, 2)) for tile in tiles]).sum(0)[:, None, None]
 
     def combine(tile: Tensor, _: int) -> Tensor:
         chosen = selected(tile)
-        agrees = (chosen.sign() == chosen.sum(0).sign()) * energy.to(tile)
+        agrees = (chosen.sign() == chosen.sum(0).sign()) * energy
         return (chosen * agrees).sum(0) / agrees.sum(0).clamp_min(torch.finfo(tile.dtype).tiny)
 
     return combine
@@ -262,6 +264,8 @@ def consensus(tiles: Tiles, *, threshold: float = 1.0, votes: int = 2) -> Combin
         votes: skills that an entry has to matter to, all of them where there are fewer.
 
     """
+    if votes < 1 or threshold < 0:
+        raise ValueError(f"votes must be at least 1 and threshold at least 0, got {votes} and {threshold}")
     least = min(votes, len(tiles))
 
     def combine(tile: Tensor, _: int) -> Tensor:
@@ -271,7 +275,7 @@ def consensus(tiles: Tiles, *, threshold: float = 1.0, votes: int = 2) -> Combin
     return combine
 
 
-@method("tall_mask", weight=1.0, breaks={"order": "the first skill is the one that is looked for"})
+@method("tall_mask", weight=1.0, breaks={"order": "the first skill is the one that is looked for"}, first=True)
 @on_entries
 def tall_mask(tiles: Tiles, *, threshold: float = 1.0) -> Combine:
     """What the sum of the weighted deltas holds of the first skill: its entries where `|d_1| >= threshold |sum_k d_k - d_1|`. arXiv 2405.07813.
@@ -289,7 +293,7 @@ def tall_mask(tiles: Tiles, *, threshold: float = 1.0) -> Combine:
     return combine
 
 
-@method("nearswap", weight=1.0, breaks={"order": "the second skill is drawn into the first"})
+@method("nearswap", weight=1.0, breaks={"order": "the second skill is drawn into the first"}, first=True)
 @on_entries
 def nearswap(tiles: Tiles, *, distance: float = 0.001) -> Combine:
     """The first skill, its entries drawn to those of the second where they are near: `a + min(1, distance / |b - a|) (b - a)`.
@@ -299,6 +303,8 @@ def nearswap(tiles: Tiles, *, distance: float = 0.001) -> Combine:
         distance: the farthest that an entry moves, in units of the weights.
 
     """
+    if distance < 0:
+        raise ValueError(f"distance must be at least 0, got {distance}")
     if len(tiles) > 2:
         raise ValueError(f"nearswap draws one skill to another, got {len(tiles)}")
     return lambda tile, _: tile[0] + (tile[-1] - tile[0]).clamp(-distance, distance)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from skillbank.merge.registry import Method
-from skillbank.skill import Core, Skill, core, from_cores, modules_of, promote
+from skillbank.skill import Core, Factor, Skill, check_cut, core, from_cores, modules_of, promote
 
-__all__ = ["Merged", "dtype_of", "on_cores", "on_gram", "on_modules", "present", "shares"]
+__all__ = ["Merged", "dtype_of", "on_cores", "on_gram", "on_modules", "present", "resolution", "shares"]
 
 
 class Merged(NamedTuple):
@@ -35,50 +35,66 @@ class Merged(NamedTuple):
 def on_modules(function: Callable[..., Merged]) -> Method:
     """Lift `function(skills, weights (K,), module, **options) -> Merged` to a merge method, which also takes one of `rank`, `error` and `budget`.
 
-    See `truncate` for these three; a function that has a `rank` of its own is told it. What the cut takes away is returned beside the skill.
+    See `truncate` for these three. Without an error and a budget every module is finished before the next is begun. A function that has `most` is
+    told the highest rank that it is asked for, None where that is for it to say, and 0 where all are needed. What the cut takes away of the
+    method's own result is returned beside the skill.
     """
     shape = signature(function)
-    options = [each for each in shape.parameters.values() if each.kind is Parameter.KEYWORD_ONLY and each.name not in ("module", "rank")]
+    options = [each for each in shape.parameters.values() if each.kind is Parameter.KEYWORD_ONLY and each.name not in ("module", "most")]
 
     @wraps(function)
     def lifted(
         skills: Sequence[Skill], weights: Tensor, *, rank: int | None = None, error: float | None = None, budget: int | None = None, **options: Any
     ) -> tuple[Skill, float]:
-        told = {"rank": rank if error is budget is None else 0} if "rank" in shape.parameters else {}
-        modules = {name: function(skills, weights, module=name, **told, **options) for name in modules_of(present(skills, weights)[0])}
-        parts = {name: (each.bases, each.matrix, dtype_of(skills, name)) for name, each in modules.items()}
-        merged = from_cores(parts, frozenset[str]().union(*(skill.embeddings for skill in skills)), rank=rank, error=error, budget=budget)
-        norms = {name: float(each.matrix.norm()) if each.norm is None else each.norm for name, each in modules.items()}
-        return merged, _lost(merged, norms)
+        modules = modules_of(present(skills, weights)[0])
+        check_cut(rank, error, budget, len(modules))
+        together = error is not None or budget is not None
+        told = {"most": 0 if together else rank} if "most" in shape.parameters else {}
+        embeddings = frozenset[str]().union(*(skill.embeddings for skill in skills))
+        factors: dict[str, Factor] = {}
+        kept, whole = 0.0, 0.0
+        for names in [modules] if together else [[name] for name in modules]:
+            found = {name: function(skills, weights, module=name, **told, **options) for name in names}
+            parts = {name: (each.bases, each.matrix, dtype_of(skills, name)) for name, each in found.items()}
+            cut, norms = from_cores(parts, embeddings, rank=rank, error=error, budget=budget)
+            factors |= cut.factors
+            kept += sum(norm**2 for norm in norms.values())
+            whole += sum(float(each.matrix.norm() if each.norm is None else each.norm) ** 2 for each in found.values())
+        lost = 1 - kept / whole if whole else 0.0
+        return Skill(factors, embeddings & set(factors)), math.sqrt(lost) if lost > 1e-12 else 0.0
 
     more = [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in ("rank", "error", "budget")]
     vars(lifted)["__signature__"] = shape.replace(parameters=[*list(shape.parameters.values())[:2], *options, *more])
     return lifted
 
 
-def _lost(merged: Skill, norms: dict[str, float]) -> float:
-    """Relative error of a cut to a rank; balanced factors of singular values tell what was kept."""
-    kept = sum(float((a.double().flatten(1).norm(dim=1) * b.double().norm(dim=0)).square().sum()) for a, b in merged.factors.values())
-    whole = sum(norm**2 for norm in norms.values())
-    resolution = torch.finfo(merged[next(iter(merged))][0].dtype).eps
-    share = 1 - kept / whole if whole else 0.0
-    return math.sqrt(share) if share > 8 * resolution else 0.0
-
-
 def on_cores(function: Callable[..., Tensor]) -> Method:
     """Lift `function(cores (K, P, P'), weights (K,), **options) -> C (P, P')` to a merge method, module by module in float64.
 
     The deltas are `Q_B C_k Q_A^T` with orthonormal Q, so that norms, angles and singular values of the cores are those of the deltas; a skill
-    without the module has a core of zeros, and one at weight 0 is left out.
+    without the module has a core of zeros, and one at weight 0 is left out. A function that has `noise` is told the norm below which a
+    direction is rounding, in units of the weighted deltas.
     """
+    noisy = "noise" in signature(function).parameters
 
     @wraps(function)
     def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, **options: Any) -> Merged:
         skills, weights = present(skills, weights)
         here = core(skills, module)
-        return Merged(here, function(here.cores, weights.to(here.cores), **options))
+        values = weights.to(here.cores)
+        if noisy:
+            options["noise"] = resolution(dtype_of(skills, module)) * float((here.cores * values[:, None, None]).norm())
+        return Merged(here, function(here.cores, values, **options))
 
+    if noisy:
+        shape = signature(function)
+        vars(lifted)["__signature__"] = shape.replace(parameters=[each for each in shape.parameters.values() if each.name != "noise"])
     return on_modules(lifted)
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Relative size of what is rounding in sums of deltas whose factors are stored so."""
+    return max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float64).eps)
 
 
 def on_gram(function: Callable[..., Tensor]) -> Method:
@@ -100,7 +116,7 @@ def present(skills: Sequence[Skill], weights: Tensor) -> tuple[Sequence[Skill], 
 
 def dtype_of(skills: Sequence[Skill], module: str) -> torch.dtype:
     """Dtype that holds what all skills hold of a module."""
-    return promote([skill[module][0] for skill in skills if module in skill])
+    return promote([half for skill in skills if module in skill for half in skill[module]])
 
 
 def shares(weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from skillbank.skill import Skill
 from skillbank.words import did_you_mean
 
-__all__ = ["LAWS", "METHODS", "Entry", "Method", "described", "find", "method"]
+__all__ = ["LAWS", "METHODS", "Entry", "Method", "check_options", "described", "find", "method"]
 
 Method = Callable[..., Skill | tuple[Skill, float]]
 """`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored.
@@ -31,24 +31,34 @@ _SOURCE = re.compile(r"arXiv \d{4}\.\d{5}|[A-Z][a-z]+(?: and [A-Z][a-z]+)? \(\d{
 
 
 class Entry(NamedTuple):
-    """A merge method, the weight of a skill where none is given (None: 1 / K), and the laws that it breaks by its nature, with the reason."""
+    """A merge method.
+
+    Args:
+        function: what it computes.
+        weight: of a skill where the user gives none; None for 1 / K.
+        breaks: laws that it breaks by its nature, each with the reason.
+        first: the first skill has a part of its own.
+
+    """
 
     function: Method
-    weight: float | None
-    breaks: Mapping[str, str]
+    weight: float | None = None
+    breaks: Mapping[str, str] = {}
+    first: bool = False
 
 
 METHODS: dict[str, Entry] = {}
 """Merge methods by name; every file of this package that has some is imported with it."""
 
 
-def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] | None = None) -> Callable[[Method], Method]:
+def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] | None = None, first: bool = False) -> Callable[[Method], Method]:
     """Register a merge method under a name.
 
     Args:
         name: what users call it.
         weight: of every skill where the user gives none; None for 1 / K, as a mean has it, 1.0 where skills add up.
         breaks: laws of `LAWS` that do not hold, each with the reason.
+        first: the first skill has a part of its own, so that it cannot be absent.
 
     Raises:
         ValueError: there is a method of that name.
@@ -59,7 +69,7 @@ def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] 
         if name in METHODS:
             there = METHODS[name].function
             raise ValueError(f"there is a merge method {name!r} already, {there.__module__}.{there.__name__}: choose another name")
-        METHODS[name] = Entry(function, weight, dict(breaks or {}))
+        METHODS[name] = Entry(function, weight, dict(breaks or {}), first)
         return function
 
     return register
@@ -70,6 +80,17 @@ def find(name: str) -> Entry:
     if name not in METHODS:
         raise ValueError(f"unknown merge method {name!r}: {did_you_mean(name, METHODS)} Or pass a function.")
     return METHODS[name]
+
+
+def check_options(name: str, function: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Check that a method takes the options; a ValueError says which it takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options'}")
 
 
 def described() -> list[dict[str, str]]:

@@ -1,16 +1,20 @@
 """Means that keep norms: interpolation along arcs between the deltas, from their inner products alone.
 
-Skills with parts in common average to more than their own size would say, skills that are orthogonal to less: the mean of K orthogonal deltas
-has 1 / sqrt(K) of their norm. Module by module; weights are shares and count relative to their sum.
+The mean of K skills is shorter than they are, unless they agree: of K orthogonal deltas it has 1 / sqrt(K) of their norm. Module by module; weights
+are shares and count relative to their sum. A skill that lacks a module has a delta of zeros there, which shortens the mean and has no direction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from skillbank.merge.lift import on_gram, shares
+from skillbank.merge.lift import Merged, on_gram, on_modules, present, shares
 from skillbank.merge.registry import method
+from skillbank.skill import Skill, core
 
 __all__ = ["karcher", "model_stock", "multislerp", "nuslerp", "slerp"]
 
@@ -28,24 +32,29 @@ def slerp(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 @method("nuslerp", breaks=_BREAKS)
-@on_gram
-def nuslerp(gram: Tensor, weights: Tensor) -> Tensor:
-    """Spherical interpolation of the directions of two skills, and straight interpolation of their norms."""
-    t, norms = shares(weights), gram.diagonal().clamp_min(0).sqrt()
-    if (norms == 0).any():
-        return t
-    return (t @ norms) * _arc(gram / torch.outer(norms, norms), t) / norms
+@on_modules
+def nuslerp(skills: Sequence[Skill], weights: Tensor, *, module: str) -> Merged:
+    """Spherical interpolation of two skills, `slerp` for every output of the layer, that is for every row of the deltas, on its own."""
+    skills, weights = present(skills, weights)
+    here = core(skills, module)
+    rows = here.left @ here.cores
+    t = _arc(torch.einsum("kop,lop->okl", rows, rows), shares(weights).to(rows))
+    left, triangle = torch.linalg.qr(torch.einsum("ok,kop->op", t, rows))
+    return Merged(replace(here, left=left), triangle)
 
 
 def _arc(gram: Tensor, t: Tensor) -> Tensor:
+    """Coefficients (..., K) of an arc between one or two vectors with inner products (..., K, K)."""
     if len(t) > 2:
         raise ValueError(f"an arc joins two skills, got {len(t)}: use karcher or multislerp")
-    scale = gram.diagonal().prod().sqrt()
-    if len(t) == 1 or scale == 0:
-        return t
-    angle = torch.arccos((gram[0, 1] / scale).clamp(-1, 1))
+    if len(t) == 1:
+        return t.expand(gram.shape[:-1])
+    scale = (gram[..., 0, 0] * gram[..., 1, 1]).clamp_min(0).sqrt()
+    angle = torch.arccos((gram[..., 0, 1] / scale.masked_fill(scale == 0, 1)).clamp(-1, 1))
     sine = angle.sin()
-    return t if sine < 1e-6 else (t * angle).sin() / sine
+    straight = (scale == 0) | (sine < 1e-6)
+    arc = (t * angle[..., None]).sin() / sine.masked_fill(straight, 1)[..., None]
+    return torch.where(straight[..., None], t, arc)
 
 
 @method("karcher", breaks=_BREAKS)
@@ -61,11 +70,14 @@ def karcher(gram: Tensor, weights: Tensor) -> Tensor:
 @method("multislerp", breaks=_BREAKS)
 @on_gram
 def multislerp(gram: Tensor, weights: Tensor) -> Tensor:
-    """First step of `karcher`: spherical interpolation of any number of skills in the tangent space at their mean direction."""
-    return _mean(gram, weights, steps=1)
+    """Barycentre of any number of skills: the weighted mean of their projections on the tangent space at the mean direction, back on the sphere.
+
+    `karcher` goes on from there, with logarithms instead of projections, until the direction stays.
+    """
+    return _mean(gram, weights, steps=1, project=True)
 
 
-def _mean(gram: Tensor, weights: Tensor, steps: int) -> Tensor:
+def _mean(gram: Tensor, weights: Tensor, steps: int, *, project: bool = False) -> Tensor:
     t, norms = shares(weights), gram.diagonal().clamp_min(0).sqrt()
     there = norms > 0
     units = gram / torch.outer(norms, norms).masked_fill(~(there[:, None] & there), 1)
@@ -73,8 +85,10 @@ def _mean(gram: Tensor, weights: Tensor, steps: int) -> Tensor:
     mean = _unit(t, units)
     for _ in range(steps):
         cosines = (units @ mean).clamp(-1, 1)
+        if ((cosines < -1 + 1e-9) & there).any():
+            raise ValueError("a skill points opposite to the mean of all, so that there is no way from one to the other: use stack or svd")
         angles = torch.arccos(cosines)
-        pull = t * torch.where(angles < 1e-7, torch.ones_like(angles), angles / angles.sin())
+        pull = t * torch.where((angles < 1e-7) | project, torch.ones_like(angles), angles / angles.sin())
         tangent = pull - (pull @ cosines) * mean
         length = (tangent @ units @ tangent).clamp_min(0).sqrt()
         if length < 1e-12:

@@ -22,7 +22,8 @@ def regmean(
 ) -> Merged:
     """Least squares on the inputs of every layer: the M with the least `sum_k w_k ||(M - D_k) X_k||^2`. arXiv 2212.09849.
 
-    `M = (sum_k w_k D_k G_k)(sum_k w_k G_k)^-1`, in factors: `B_cat` and `[A_k G_k](sum_k w_k G_k)^-1`.
+    `M = (sum_k w_k D_k G_k)(sum_k w_k G_k)^-1`, in factors: `B_cat` and `[A_k G_k](sum_k w_k G_k)^-1`. To every G a millionth of its mean diagonal is
+    added, so that inputs that never occur are not divided by.
 
     Args:
         skills: K skills.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skillbank.skill import Factor
 
-__all__ = ["Tiles"]
+__all__ = ["DenseTiles", "Tiles"]
 
 _ENTRIES = 2**20
 """Of one skill in a tile."""
@@ -31,12 +31,6 @@ class Tiles:
     pairs: Sequence[Factor]
     module: str = ""
 
-    @classmethod
-    def dense(cls, deltas: Tensor) -> Tiles:
-        """Tiles of deltas that are there, (K, O, I')."""
-        eye = torch.eye(deltas.shape[-1], dtype=deltas.dtype, device=deltas.device)
-        return cls([(eye, each) for each in deltas])
-
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I')."""
@@ -54,14 +48,18 @@ class Tiles:
             yield self._block(slice(start, start + step), slice(None))
 
     def quantile(self, score: Callable[[Tensor], Tensor], share: float) -> Tensor:
-        """Least of the `share` largest scores, exactly, in two looks at every entry at most where a sample brackets it well.
+        """Least of the `share` largest scores, exactly: in one look at every entry where a sample brackets it well, in a few where not.
 
         Args:
             score: from a tile (K, rows, columns) to nonnegative scores (S, rows, columns), entry by entry.
             share: of all entries, in (0, 1].
 
         Returns:
-            Thresholds (S,): the scores that are at least as large are the chosen share, and those that are equal to the last of it.
+            Thresholds (S,): the scores that are at least as large are the chosen share, and those that are equal to the last of it; 0 where fewer
+            scores than that are positive.
+
+        Raises:
+            ValueError: a score that is not finite.
 
         """
         count = max(1, round(share * self.shape[0] * self.shape[1]))
@@ -69,6 +67,8 @@ class Tiles:
         found = torch.full((len(sample),), torch.nan, dtype=sample.dtype, device=sample.device)
         slack = 0.02
         while found.isnan().any():
+            if slack > 8:
+                raise ValueError(f"entries of module {self.module!r} are not finite once they are weighted: take smaller weights")
             last = sample.shape[1] - 1
             at = share * last
             high = sample[:, int(max(0, at - slack * last))] if at > slack * last else torch.full_like(found, torch.inf)
@@ -89,7 +89,7 @@ class Tiles:
         for tile in self:
             scores = score(tile).flatten(1)
             above += (scores > high[:, None]).sum(1)
-            within = (scores >= low[:, None]) & (scores <= high[:, None])
+            within = (scores >= low[:, None]) & (scores <= high[:, None]) & (scores > 0)
             for each, values, mask in zip(inside, scores, within, strict=True):
                 each.append(values[mask])
         found = found.clone()
@@ -97,6 +97,8 @@ class Tiles:
             values, place = torch.cat(parts), count - int(above[i])
             if 1 <= place <= len(values):
                 found[i] = values.kthvalue(len(values) - place + 1).values
+            elif place > len(values) and low[i] == 0:
+                found[i] = 0.0
         return found
 
     def _sample(self) -> Tensor:
@@ -106,3 +108,23 @@ class Tiles:
 
     def _block(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
         return torch.stack([b[rows] @ a[:, columns] for a, b in self.pairs])
+
+
+@dataclass(frozen=True)
+class DenseTiles(Tiles):
+    """Deltas (K, O, I') that are there."""
+
+    pairs: Sequence[Factor] = ()
+    deltas: Tensor = field(kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I')."""
+        return self.deltas.shape[1], self.deltas.shape[2]
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.deltas)
+
+    def _block(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+        return self.deltas[:, rows][:, :, columns]
