@@ -15,10 +15,11 @@ from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.hub import repository_files, snapshot
 from skillbank.bank.records import write_payload
 from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
-from skillbank.load import build_base, skills_on_base
+from skillbank.load import build_base
 from skillbank.merge import merge
-from skillbank.shards import fold_checkpoint
+from skillbank.shards import fold_checkpoint, is_companion
 from skillbank.skill import Skill
+from skillbank.tensors import whole_folder
 
 __all__ = ["export", "import_adapter"]
 
@@ -94,33 +95,26 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
         ValueError: a base alone is no adapter; a gate's weights depend on the input, so that no adapter and no weights hold them.
 
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{str(folder)!r} holds something already: export to another folder")
-    thing = bank.get(ref)
-    if isinstance(thing, Base | Checkpoint):
-        if not merged:
-            raise ValueError(f"{ref!r} is a base, no adapter: export it with merged=True (--merged)")
-        skill: Skill | None = None
-        base: Base | Checkpoint = thing
-    else:
-        skill = thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
-        if not merged:
-            write_adapter(skill, folder)
-            return folder
-        found = bank.get(bank.base_of([ref]))
-        assert isinstance(found, Base | Checkpoint)
-        base = found
+    folder, thing = Path(folder), bank.get(ref)
+    if isinstance(thing, Base | Checkpoint) and not merged:
+        raise ValueError(f"{ref!r} is a base, no adapter: export it with merged=True (--merged)")
+    skill = None if isinstance(thing, Base | Checkpoint) else thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
+    if skill is not None and not merged:
+        with whole_folder(folder) as written:
+            write_adapter(skill, written)
+        return folder
+    base = thing if isinstance(thing, Base | Checkpoint) else bank.get(bank.base_of([ref]))
     if isinstance(base, Checkpoint):
         if skill is None:
             raise ValueError(f"{ref!r} is a checkpoint as it lies in {base.repo!r}: copy it from there")
         fold_checkpoint(_located(base, weights), skill, folder)
         return folder
+    assert isinstance(base, Base)
     model = build_base(base)
     if skill is not None:
         fold(model.net, skill)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_payload(Base(base.model, model.state_dict()), folder, {}, {})
+    with whole_folder(folder) as written:
+        write_payload(Base(base.model, model.state_dict()), written, {}, {})
     return folder
 
 
@@ -129,7 +123,8 @@ def _located(base: Checkpoint, weights: str | Path | None) -> Path:
     if weights is not None or base.revision is None:
         folder = Path(weights or base.repo)
     else:
-        folder = snapshot(base.repo, repository_files(base.repo, base.revision), base.revision)
+        names = [name for name in repository_files(base.repo, base.revision) if name in base.files or (is_companion(name) and "/" not in name)]
+        folder = snapshot(base.repo, names, base.revision)
     if not folder.is_dir():
         raise FileNotFoundError(f"the weights of {base.repo!r} are not at {str(folder)!r}: say where they are with weights=... (--weights)")
     if wrong := base.differences(folder):
@@ -140,7 +135,8 @@ def _located(base: Checkpoint, weights: str | Path | None) -> Path:
 def _merged(bank: Bank, ref: str, composition: Composition) -> Skill:
     if composition.merge is None:
         raise ValueError(f"{ref!r} has a gate, whose weights depend on the input: no adapter and no weights hold it; load it with skillbank.load")
-    return merge(skills_on_base(bank, composition.skills)[2], **composition.merge)
+    skills = [thing for thing in map(bank.get, composition.skills) if isinstance(thing, Skill)]
+    return merge(skills, **composition.merge)
 
 
 def _fetched(source: str | Path, revision: str | None, subfolder: str) -> tuple[Path, dict[str, Any], str]:

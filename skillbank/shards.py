@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 
 from skillbank.attach import check_fit, delta_like
 from skillbank.skill import Skill
-from skillbank.tensors import load_tensors, save_tensors
+from skillbank.tensors import load_tensors, save_tensors, whole_folder
 
-__all__ = ["fold_checkpoint", "skeleton"]
+__all__ = ["fold_checkpoint", "is_companion", "skeleton", "weight_files"]
 
-_INDEX = "model.safetensors.index.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx")
 
 
@@ -45,7 +43,9 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def fold_checkpoint(source: str | Path, skill: Skill, folder: str | Path) -> None:
-    """Write a complete Hugging Face folder: every weights file of `source` with the skill's deltas added, and all other files as they are.
+    """Write a complete Hugging Face folder: the weights files of `source` with the skill's deltas added, and its other files as they are.
+
+    Left out are folders in it, hidden files, and the same weights in other forms.
 
     Weights are added in float32 or better and rounded once to their own dtype. A tied weight that only one of its modules adapts is untied:
     both are written, and `config.json` says so. The folder appears when it is complete.
@@ -61,40 +61,52 @@ def fold_checkpoint(source: str | Path, skill: Skill, folder: str | Path) -> Non
         ValueError: the skill does not fit the model, or a weight that it changes is missing or quantised.
 
     """
-    source, folder = Path(source), Path(folder)
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no safetensors files in {str(source)!r}: pickle (.bin, .pt) is not read")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{str(folder)!r} holds something already: export to another folder")
+    source = Path(source)
+    files = weight_files(source)
     net = skeleton(source)
     check_fit(net, skill)
     there = {key: path for path in files for key in load_tensors(path, trusted=True)[0]}
-    at, copies = _places(net, skill, there)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    beside.mkdir(parents=True)
-    try:
+    at, copies, untied = _places(net, skill, there)
+    with whole_folder(Path(folder)) as written:
         for path in files:
             tensors, notes = load_tensors(path)
-            written = {key: _changed(net, skill, at.get(key), key, tensor) for key, tensor in tensors.items()}
+            changed = {key: _changed(net, skill, at.get(key), key, tensor) for key, tensor in tensors.items()}
             for new, (old, module) in copies.items():
                 if old in tensors:
-                    written[new] = _changed(net, skill, module, new, tensors[old]).clone()
-            save_tensors(beside / path.name, written, notes)
+                    changed[new] = _changed(net, skill, module, new, tensors[old]).clone()
+            save_tensors(written / path.name, changed, notes)
         for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
-                shutil.copyfile(path, beside / path.name)
-        if copies:
-            _say_untied(beside, {new: there[old].name for new, (old, _) in copies.items()})
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            if path.is_file() and is_companion(path.name):
+                shutil.copyfile(path, written / path.name)
+        if untied:
+            _say_untied(written, {new: there[old].name for new, (old, _) in copies.items()})
 
 
-def _places(net: nn.Module, skill: Skill, there: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[str, str | None]]]:
-    """Which module changes which tensor of the files; and tensors to be written beside them, from which and changed by which module."""
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold a checkpoint's weights: those of its index, or its one file, and not others of the same weights beside them.
+
+    Raises:
+        FileNotFoundError: there are none, or one is missing.
+
+    """
+    if (folder / _INDEX).exists():
+        files = [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
+    else:
+        files = [folder / _SINGLE] if (folder / _SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing or not files:
+        what = f"{missing[0]!r} of the index is missing" if missing else "no safetensors files; pickle (.bin, .pt) is not read"
+        raise FileNotFoundError(f"{str(folder)!r}: {what}")
+    return files
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a checkpoint's folder goes with its weights: configuration, tokenizer, licence, and not weights in another form."""
+    return name == _INDEX or not (name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")))
+
+
+def _places(net: nn.Module, skill: Skill, there: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[str, str | None]], bool]:
+    """Which module changes which tensor of the files; tensors to be written beside them, from which and changed by which module; and any ties cut."""
     prefix = f"{getattr(net, 'base_model_prefix', '')}."
     tied: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
@@ -102,18 +114,20 @@ def _places(net: nn.Module, skill: Skill, there: Mapping[str, Path]) -> tuple[di
     groups = {name: names for names in tied.values() for name in names}
     at: dict[str, str] = {}
     copies: dict[str, tuple[str, str | None]] = {}
+    untied = False
     for module in skill:
         names = groups[f"{module}.weight"]
         stored = {name: key for name in names for key in (name, name.removeprefix(prefix), prefix + name) if key in there}
         if not stored:
             raise ValueError(f"the checkpoint has no tensor {module + '.weight'!r}, which the skill changes; it has {sorted(there)[:5]}, ...")
+        untied |= len(names) > 1
         if f"{module}.weight" in stored:
             at[stored[f"{module}.weight"]] = module
         for name in names:
             if name not in stored:
                 other = name.removesuffix(".weight")
                 copies[name] = (next(iter(stored.values())), other if other in skill else None)
-    return at, copies
+    return at, copies, untied
 
 
 def _changed(net: nn.Module, skill: Skill, module: str | None, key: str, weight: Tensor) -> Tensor:
@@ -131,7 +145,9 @@ def _changed(net: nn.Module, skill: Skill, module: str | None, key: str, weight:
 
 def _say_untied(folder: Path, added: Mapping[str, str]) -> None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n")
+    for part in [config, *(each for each in config.values() if isinstance(each, dict) and "tie_word_embeddings" in each)]:
+        part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (folder / _INDEX).exists():
         index = json.loads((folder / _INDEX).read_text())
         index["weight_map"] |= added

@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_tensors", "save_tensors"]
+__all__ = ["load_tensors", "save_tensors", "whole_folder"]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
@@ -30,6 +33,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, 
         raise OSError(int(number[1]) if number else errno.EIO, f"cannot be written: {error}", str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, that becomes it when the block ends and is gone when it fails: nobody sees half of one.
+
+    Raises:
+        FileExistsError: the folder holds something.
+
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{str(folder)!r} holds something already: export to another folder")
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if folder.exists():
+            folder.rmdir()
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_tensors(path: Path, *, trusted: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -247,4 +248,48 @@ def test_a_folding_is_a_context_and_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match="the net has no module 'nowhere'"):
             folding.set(Skill({"nowhere": next(iter(skill.factors.values()))}))
         assert all(torch.equal(tensor, changed[name]) for name, tensor in net.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_what_a_folding_cannot_hold_is_refused():
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=20, bos_token_id=0, eos_token_id=0)
+    net = GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    head = Skill({"lm_head": (torch.randn(2, 16, generator=generator), torch.randn(50, 2, generator=generator))})
+    for put in (Folding(net).set, lambda skill: fold(net, skill)):
+        with pytest.raises(ValueError, match="module 'lm_head' shares its weight"):
+            put(head)
+    square = "transformer.h.0.attn.c_proj"
+    skill = Skill({square: (torch.randn(2, 16, generator=generator), torch.randn(16, 2, generator=generator))})
+    before = net.get_submodule(square).weight.detach().clone()
+    ids = torch.arange(6)[None]
+    with Folding(net) as folding:
+        folding.set(skill)
+        folded = net(ids).logits
+    attach(net, skill)
+    close(net(ids).logits, folded)
+    with Folding(net) as folding:  # beside an adapter, on the layers below it
+        folding.set(skill.scaled(-1.0))
+        detach_and_compare = net(ids).logits
+    detach(net)
+    close(net(ids).logits, detach_and_compare, 1e-4)
+    assert torch.equal(net.get_submodule(square).weight, before)
+
+
+def test_a_folding_that_is_stopped_is_taken_out(monkeypatch):
+    module = sys.modules["skillbank.attach"]
+    net = tiny_policy().net
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    original, calls = module._add, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(module, "_add", stop)
+    with pytest.raises(KeyboardInterrupt), Folding(net) as folding:
+        folding.set(random_skill(net, rank=2))
+    assert len(calls) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

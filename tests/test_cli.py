@@ -223,6 +223,15 @@ def test_merge_is_looked_at_and_put(run, bank):
     assert run("rebuild", "mine@2")[0] == 0
 
 
+def test_a_merge_without_measure_is_put(run, bank):
+    code, out, err = run("merge", "walker/walk@1", "walker/walk@1", "--weights", "1,-1", "--method", "magmax", "-o", "mine", "--json")
+    assert code == 0, err
+    assert json.loads(out)["certificate"]["error"] is None
+    assert bank.card("mine").metrics == {"merge_energy": 0.0}
+    code, out, _ = run("merge", "walker/walk@1", "walker/walk@2", "--method", "svd", "--set", "rank=1")
+    assert (code, "of its energy is kept" in out) == (0, True)
+
+
 def test_methods(run):
     code, out, _ = run("methods", folder=None)
     assert code == 0
@@ -299,6 +308,10 @@ def test_completion_is_installed(tmp_path, shell):
         (("merge", "walker/walk@1", "--method", "ties", "--set", "densty=0.5"), "merge method 'ties' takes no 'densty': did you mean 'density'"),
         (("merge", "walker/walk@1", "--method", "ties", "--set", "density=2"), r"density is a share of the entries in \(0, 1\], got 2"),
         (("merge", "walker/walk@1", "--set", "rank"), "--set 'rank' sets nothing"),
+        (("merge", "walker/walk@1", "--method", "svd", "--rank", "1", "--set", "rank=2"), "--set rank=... is what --rank is for"),
+        (("merge", "walker/walk@1", "--set", "method=ties"), "--set method=... is what --method is for"),
+        (("merge", "walker/walk@1", "--method", "ties", "--set", "density=high"), r"density is a share of the entries in \(0, 1\], got 'high'"),
+        (("merge", "walker/walk@1", "--method", "opcm", "--set", "share=high"), "'opcm' cannot do with {'share': 'high'}"),
         (("merge", "walker/walk@1", "--weights", "a,b"), "--weights 'a,b' are no numbers: write them as .6,-.4"),
         (("merge", "walker/walk@1", "--weights", "1,2"), "got 2 weights for 1 skills"),
     ],

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from skillbank import Bank, Checkpoint, Skill, attach, detach, export, shards
+from skillbank import Bank, Checkpoint, Composition, Skill, attach, detach, export, merge, shards
 from skillbank.shards import fold_checkpoint
 from tests.tiny import close
 
@@ -102,6 +103,13 @@ def test_through_the_bank(tmp_path):
     export("skill", tmp_path / "out", bank, merged=True)
     attach(net, skill)
     close(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), outputs(net))
+    other = skill_on(net, r".*\.(q|v)_proj", rank=3)
+    detach(net)
+    bank.put(other, "other", card={"base": "llama"})
+    bank.put(Composition("llama", ("skill", "other"), merge={"method": "ties", "weights": [0.5, 0.7]}), "blend")
+    export("blend", tmp_path / "blend", bank, merged=True)
+    attach(net, merge([skill, other], [0.5, 0.7], method="ties"))
+    close(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "blend")), outputs(net))
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"are not at .*base'.*--weights"):
         export("skill", tmp_path / "again", bank, merged=True)
@@ -154,3 +162,29 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no 'LlamaForFortuneTelling'"):
         fold_checkpoint(tmp_path / "base", skill, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_same_weights_in_other_files_are_left_alone(tmp_path):
+    net = llama()
+    net.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/consolidated.safetensors").write_bytes((tmp_path / "base/model.safetensors").read_bytes())
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", ".hidden"):
+        (tmp_path / "base" / name).write_text("{}")
+    fold_checkpoint(tmp_path / "base", skill_on(net, r".*\.q_proj"), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    net.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    next((tmp_path / "sharded").glob("*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="of the index is missing"):
+        fold_checkpoint(tmp_path / "sharded", skill_on(net, r".*\.q_proj"), tmp_path / "again")
+
+
+def test_a_tie_that_is_stored_twice_is_cut_as_well(tmp_path):
+    net = llama(tied=True)
+    net.save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    skill = skill_on(net, "lm_head")
+    fold_checkpoint(tmp_path / "base", skill, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    attach(net, skill)
+    close(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), outputs(net))
