@@ -304,7 +304,7 @@ def test_completion_is_installed(tmp_path, shell):
         (("log", "walker/walk@1"), "'walker/walk@1' is not a name"),
         (("list", "--kind", "gate"), "kind='gate': a bank holds"),
         (("merge", "walker/walk@1", "walker/both"), "only skills can be merged, walker/both@1 is a composition"),
-        (("merge", "walker/walk@1", "--method", "tyes"), "unknown merge method 'tyes': did you mean 'ties'"),
+        (("merge", "walker/walk@1", "--method", "ties2"), "unknown merge method 'ties2': did you mean 'ties'"),
         (("merge", "walker/walk@1", "--method", "ties", "--set", "densty=0.5"), "merge method 'ties' takes no 'densty': did you mean 'density'"),
         (("merge", "walker/walk@1", "--method", "ties", "--set", "density=2"), r"density is a share of the entries in \(0, 1\], got 2"),
         (("merge", "walker/walk@1", "--set", "rank"), "--set 'rank' sets nothing"),
