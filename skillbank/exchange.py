@@ -17,7 +17,7 @@ from skillbank.bank.records import write_payload
 from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
 from skillbank.load import build_base
 from skillbank.merge import merge
-from skillbank.shards import fold_checkpoint, is_companion
+from skillbank.shards import COMPANIONS, fold_checkpoint
 from skillbank.skill import Skill
 from skillbank.tensors import whole_folder
 
@@ -123,8 +123,7 @@ def _located(base: Checkpoint, weights: str | Path | None) -> Path:
     if weights is not None or base.revision is None:
         folder = Path(weights or base.repo)
     else:
-        names = [name for name in repository_files(base.repo, base.revision) if name in base.files or (is_companion(name) and "/" not in name)]
-        folder = snapshot(base.repo, names, base.revision)
+        folder = snapshot(base.repo, [*base.files], base.revision, COMPANIONS)
     if not folder.is_dir():
         raise FileNotFoundError(f"the weights of {base.repo!r} are not at {str(folder)!r}: say where they are with weights=... (--weights)")
     if wrong := base.differences(folder):

@@ -15,9 +15,11 @@ from skillbank.attach import check_fit, delta_like
 from skillbank.skill import Skill
 from skillbank.tensors import load_tensors, save_tensors, whole_folder
 
-__all__ = ["fold_checkpoint", "is_companion", "skeleton", "weight_files"]
+__all__ = ["COMPANIONS", "fold_checkpoint", "skeleton", "weight_files"]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "LICENSE*")
+"""Shell patterns of what goes with a checkpoint's weights on the Hub."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf", ".onnx")
 
 
@@ -76,7 +78,7 @@ def fold_checkpoint(source: str | Path, skill: Skill, folder: str | Path) -> Non
                     changed[new] = _changed(net, skill, module, new, tensors[old]).clone()
             save_tensors(written / path.name, changed, notes)
         for path in source.iterdir():
-            if path.is_file() and is_companion(path.name):
+            if path.is_file() and _is_companion(path.name):
                 shutil.copyfile(path, written / path.name)
         if untied:
             _say_untied(written, {new: there[old].name for new, (old, _) in copies.items()})
@@ -100,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def is_companion(name: str) -> bool:
+def _is_companion(name: str) -> bool:
     """Whether a file of a checkpoint's folder goes with its weights: configuration, tokenizer, licence, and not weights in another form."""
     return name == _INDEX or not (name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")))
 

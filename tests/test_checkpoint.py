@@ -1,5 +1,6 @@
 """Bases by reference: hashed where they are, linked to by skills, never copied."""
 
+import copy
 import json
 import re
 import shutil
@@ -69,7 +70,7 @@ def test_every_byte_is_read_once(tmp_path):
     assert size <= read() - before < 1.1 * size
 
 
-def test_a_skill_is_linked_to_it_and_checked_against_the_live_model(bank, model):
+def test_a_skill_is_linked_to_it_and_checked_against_the_live_model(bank, model, folder):
     skill = sb.Skill({f"transformer.h.{i}.attn.c_attn": (torch.randn(2, 16), torch.randn(48, 2)) for i in range(2)})
     ref = bank.put(skill, "skill", card={"base": "gpt2"})
     assert bank.card(ref).base["fingerprint"] == base_fingerprint(model.state_dict(), skill)
@@ -81,8 +82,13 @@ def test_a_skill_is_linked_to_it_and_checked_against_the_live_model(bank, model)
         sb.check_base(bank, "skill", other)
     with pytest.raises(ValueError, match="the bank knows the checkpoint 'maker/tiny-gpt2' by its hashes only: load it where it is"):
         sb.load("skill", bank)
-    with pytest.raises(ValueError, match="by its hashes only"):
+    with pytest.raises(ConnectionError, match="maker/tiny-gpt2"):
         sb.export("skill", bank.root.parent / "out", bank, merged=True)
+    assert not (bank.root.parent / "out").exists()
+    sb.export("skill", bank.root.parent / "out", bank, merged=True, weights=folder)
+    sb.fold(other := copy.deepcopy(model), skill)
+    written = GPT2LMHeadModel.from_pretrained(bank.root.parent / "out")
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in written.state_dict().items())
 
 
 def test_a_module_that_it_does_not_have(bank):

@@ -85,8 +85,8 @@ class Commits:
         self.files.invalidate_cache()
 
 
-def snapshot(repository: str, files: Sequence[str], revision: str | None) -> Path:
-    """Download some files of a repository into the Hub's cache; the folder that holds them is named after the commit.
+def snapshot(repository: str, files: Sequence[str], revision: str | None, patterns: Sequence[str] = ()) -> Path:
+    """Download some files of a repository, and those that fit shell patterns, into the Hub's cache; their folder is named after the commit.
 
     Raises:
         FileNotFoundError: no such repository or revision.
@@ -97,7 +97,7 @@ def snapshot(repository: str, files: Sequence[str], revision: str | None) -> Pat
     from huggingface_hub import HfApi
 
     with reaching(f"{repository!r} (no folder here)"):
-        return Path(HfApi().snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(each) for each in files]))
+        return Path(HfApi().snapshot_download(repository, revision=revision, allow_patterns=[*map(glob.escape, files), *patterns]))
 
 
 def repository_files(repository: str, revision: str) -> list[str]:
