@@ -25,6 +25,8 @@ __all__ = [
     "Core",
     "Factor",
     "Skill",
+    "check_cut",
+    "check_shapes",
     "core",
     "cosine",
     "cosines",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from skillbank.merge.dense import combined
-from skillbank.merge.lift import Merged, dtype_of, on_modules, present, resolution
+from skillbank.merge.lift import Merged, on_modules, present, weighted_core
 from skillbank.merge.registry import method
-from skillbank.skill import Skill, core
+from skillbank.skill import Skill
 
 __all__ = ["core_space", "knots"]
 
@@ -34,11 +34,9 @@ def knots(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: str =
         options: of the inner method.
 
     """
-    skills, weights = present(skills, weights)
-    here = core(skills, module)
-    deltas = here.cores * weights.to(here.cores)[:, None, None]
+    here, deltas, noise = weighted_core(*present(skills, weights), module)
     u, s, vh = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
-    there = s > resolution(dtype_of(skills, module)) * deltas.norm()
+    there = s > noise
     if not there.any():
         return Merged(here, torch.zeros_like(deltas[0]))
     rows = torch.stack(vh[there].split(deltas.shape[2], dim=1)) @ here.right.mT
@@ -61,10 +59,7 @@ def core_space(skills: Sequence[Skill], weights: Tensor, *, module: str, inner: 
         options: of the inner method.
 
     """
-    skills, weights = present(skills, weights)
-    here = core(skills, module)
-    deltas = here.cores * weights.to(here.cores)[:, None, None]
-    noise = resolution(dtype_of(skills, module)) * deltas.norm()
+    here, deltas, noise = weighted_core(*present(skills, weights), module)
     u, s, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
     _, t, vh = torch.linalg.svd(torch.cat(list(deltas), dim=0), full_matrices=False)
     u, vh = u[:, s > noise], vh[t > noise]

@@ -14,7 +14,7 @@ from torch import Tensor
 from skillbank.merge.registry import Method
 from skillbank.skill import Core, Factor, Skill, check_cut, core, from_cores, modules_of, promote
 
-__all__ = ["Merged", "dtype_of", "on_cores", "on_gram", "on_modules", "present", "resolution", "shares"]
+__all__ = ["Merged", "dtype_of", "on_cores", "on_gram", "on_modules", "present", "resolution", "shares", "weighted_core"]
 
 
 class Merged(NamedTuple):
@@ -80,16 +80,21 @@ def on_cores(function: Callable[..., Tensor]) -> Method:
     @wraps(function)
     def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, **options: Any) -> Merged:
         skills, weights = present(skills, weights)
-        here = core(skills, module)
-        values = weights.to(here.cores)
-        if noisy:
-            options["noise"] = resolution(dtype_of(skills, module)) * float((here.cores * values[:, None, None]).norm())
-        return Merged(here, function(here.cores, values, **options))
+        here, _, noise = weighted_core(skills, weights, module)
+        told = {"noise": noise} if noisy else {}
+        return Merged(here, function(here.cores, weights.to(here.cores), **told, **options))
 
     if noisy:
         shape = signature(function)
         vars(lifted)["__signature__"] = shape.replace(parameters=[each for each in shape.parameters.values() if each.name != "noise"])
     return on_modules(lifted)
+
+
+def weighted_core(skills: Sequence[Skill], weights: Tensor, module: str) -> tuple[Core, Tensor, float]:
+    """QR core of a module, the weighted deltas in it (K, P, P'), and the norm below which a direction of them is rounding."""
+    here = core(skills, module)
+    deltas = here.cores * weights.to(here.cores)[:, None, None]
+    return here, deltas, resolution(dtype_of(skills, module)) * float(deltas.norm())
 
 
 def resolution(dtype: torch.dtype) -> float:
