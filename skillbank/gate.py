@@ -18,7 +18,7 @@ from skillbank.attach import attach, channel_layers, mark
 from skillbank.model import Batch, ModelModule
 from skillbank.skill import Skill, stack
 
-__all__ = ["Composed", "ConstantGate", "MLPGate", "Mixture", "grow"]
+__all__ = ["Composed", "ConstantGate", "MLPGate", "Mixed", "Mixture", "grow"]
 
 Init = Literal["newest", "uniform", "zero", "official"]
 
@@ -158,7 +158,33 @@ def _aligned(channels: Tensor, hidden: Tensor, axis: int, name: str) -> Tensor:
     return channels
 
 
-class Composed(nn.Module):
+class Mixed(nn.Module):
+    """What models under a mixture share: the base answers, once the weights for the batch are set. A `Model` with a `forward`."""
+
+    model: ModelModule
+
+    @property
+    def net(self) -> nn.Module:
+        """Net of the base, with the stack on it."""
+        return self.model.net
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Tensor:
+        """Context of the base model."""
+        return self.model.context(batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Prediction of the base model; the weights are set once."""
+        self._mix(batch)
+        return self.model.predict(batch)
+
+    def _mix(self, batch: Batch) -> Tensor:
+        """Set the mixture's weights for a batch."""
+        raise NotImplementedError
+
+
+class Composed(Mixed):
     """Base, skills and gate as one `Model`: `W x + B (expand(weights) * (A x))` in every adapted layer.
 
     Skills and base are frozen and stay in eval mode (no dropout); the gate's parameters are the ones to train.
@@ -190,11 +216,6 @@ class Composed(nn.Module):
         self.mixture = Mixture(self.model.net, skills)
         self.model.requires_grad_(False).eval()
 
-    @property
-    def net(self) -> nn.Module:
-        """Net of the base, with the stack on it."""
-        return self.model.net
-
     def train(self, mode: bool = True) -> Composed:
         """Switch the gate only."""
         self.gate.train(mode)
@@ -216,17 +237,6 @@ class Composed(nn.Module):
         if self.regulariser == "code":
             penalty = penalty + (weights[..., -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
-
-    @torch.no_grad()
-    def context(self, batch: Batch) -> Tensor:
-        """Context of the base model."""
-        return self.model.context(batch)
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Prediction of the base model; the gate runs once."""
-        self._mix(batch)
-        return self.model.predict(batch)
 
     def _mix(self, batch: Batch) -> Tensor:
         if mark(self.net) is not self.mixture.mark:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.fit import Fit, fit
-from skillbank.gate import Mixture
+from skillbank.gate import Mixed, Mixture
 from skillbank.model import Batch, Batches, Model, ModelModule
 from skillbank.skill import Skill, modules_of
 
@@ -18,7 +18,7 @@ __all__ = ["Weighted", "learn_weights"]
 Objective = Callable[[ModelModule, Batch], Tensor]
 
 
-class Weighted(nn.Module):
+class Weighted(Mixed):
     """A model under K weights that are the same for every input, or K per module: a merge that is not carried out yet. A `Model`.
 
     Args:
@@ -49,11 +49,6 @@ class Weighted(nn.Module):
         self.weights = nn.Parameter(torch.tensor(values, device=next(model.parameters()).device).repeat(len(self.modules_of_skills or [0]), 1))
         self.model.requires_grad_(False).eval()
 
-    @property
-    def net(self) -> nn.Module:
-        """Net of the base, with the stack on it."""
-        return self.model.net
-
     def train(self, mode: bool = True) -> Weighted:
         """Base and skills stay in eval mode."""
         self.training = mode
@@ -64,17 +59,6 @@ class Weighted(nn.Module):
         self._mix(batch)
         return self.model(batch) if self.objective is None else self.objective(self.model, batch)
 
-    @torch.no_grad()
-    def context(self, batch: Batch) -> Tensor:
-        """Context of the base model."""
-        return self.model.context(batch)
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Prediction of the base model under the weights."""
-        self._mix(batch)
-        return self.model.predict(batch)
-
     def for_merge(self) -> list[float] | list[dict[str, float]]:
         """Weights as `merge` takes them."""
         rows = self.weights.detach().double().tolist()
@@ -82,10 +66,11 @@ class Weighted(nn.Module):
             return rows[0]
         return [{name: row[k] for name, row in zip(self.modules_of_skills, rows, strict=True)} for k in range(len(rows[0]))]
 
-    def _mix(self, batch: Batch) -> None:
+    def _mix(self, batch: Batch) -> Tensor:
         rows = len(next(iter(batch.values())))
         each = [row.expand(rows, -1) for row in self.weights]
         self.mixture.weights = each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True))
+        return self.weights
 
 
 def learn_weights(
