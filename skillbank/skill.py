@@ -20,29 +20,11 @@ import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
+from skillbank.core import Core, Factor, check_cut, core_of, cut, promote, side_by_side
 
-__all__ = [
-    "Core",
-    "Factor",
-    "Skill",
-    "check_cut",
-    "check_shapes",
-    "core",
-    "cosine",
-    "cosines",
-    "digest",
-    "distance",
-    "from_cores",
-    "gram",
-    "modules_of",
-    "promote",
-    "stack",
-    "truncate",
-]
+__all__ = ["Factor", "Skill", "core", "cosine", "cosines", "digest", "distance", "gram", "modules_of", "stack", "truncate"]
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-Factor = tuple[Tensor, Tensor]
-"""(A, B) of one module: A (R, I, *kernel), B (O, R)."""
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -164,48 +146,9 @@ class Skill:
         return float(gram([self])[0, 0].clamp_min(0).sqrt())
 
 
-@dataclass(frozen=True)
-class Core:
-    """One module of K skills in its QR core: `delta_k = Q_B C_k Q_A^T` exactly, for every k.
-
-    Args:
-        left: Q_B (O, P), orthonormal columns, P = min(O, R).
-        right: Q_A (I', P'), orthonormal columns, with I' the flattened input (I times the kernel).
-        cores: C (K, P, P').
-        shape: shape of A without its rank dimension, (I, *kernel).
-
-    """
-
-    left: Tensor
-    right: Tensor
-    cores: Tensor
-    shape: torch.Size
-
-    def factor(self, u: Tensor, s: Tensor, v: Tensor) -> Factor:
-        """Balanced factors (sqrt(S) on both sides) of `U S V^T`."""
-        root = s.clamp_min(0).sqrt()
-        return (v * root).mT.reshape(len(s), *self.shape), u * root
-
-
 def core(skills: Sequence[Skill], module: str, dtype: torch.dtype = torch.float64) -> Core:
-    """QR core of one module over K skills; a skill without the module has a zero core.
-
-    Cost O((O + I) R^2 + R^3), memory O((O + I) R), where R is the sum of the ranks.
-    """
-    pairs = [(k, *skill[module]) for k, skill in enumerate(skills) if module in skill]
-    if not pairs:
-        raise KeyError(f"none of the {len(skills)} skills has module {module!r}")
-    check_shapes(module, [(a, b) for _, a, b in pairs])
-    first = pairs[0][1]
-    left, r_left = torch.linalg.qr(torch.cat([b.to(dtype) for _, _, b in pairs], dim=1))
-    right, r_right = torch.linalg.qr(torch.cat([a.flatten(1).to(dtype) for _, a, _ in pairs], dim=0).mT)
-    cores = left.new_zeros(len(skills), left.shape[1], right.shape[1])
-    start = 0
-    for k, a, _ in pairs:
-        channels = slice(start, start + a.shape[0])
-        cores[k] = r_left[:, channels] @ r_right[:, channels].mT
-        start += a.shape[0]
-    return Core(left, right, cores, first.shape[1:])
+    """QR core of one module over K skills, see `core_of`; a skill without the module has a zero core."""
+    return core_of(module, [skill.factors.get(module) for skill in skills], dtype)
 
 
 def modules_of(skills: Iterable[Skill]) -> list[str]:
@@ -233,11 +176,8 @@ def stack(skills: Sequence[Skill], weights: Sequence[float] | Tensor | None = No
         raise ValueError(f"got {len(values)} weights for {len(skills)} skills: give one weight per skill")
     factors: dict[str, Factor] = {}
     for name in modules_of(skills):
-        pairs = [(*skill[name], w) for skill, w in zip(skills, values, strict=True) if name in skill]
-        check_shapes(name, [(a, b) for a, b, _ in pairs])
-        dtype = promote([half for a, b, _ in pairs for half in (a, b)])
-        a = torch.cat([a.to(dtype) for a, _, _ in pairs], dim=0)
-        factors[name] = (a, torch.cat([b.to(dtype) if w == 1.0 else b.to(dtype) * w for _, b, w in pairs], dim=1))
+        there = [k for k, skill in enumerate(skills) if name in skill]
+        factors[name] = side_by_side(name, [skills[k][name] for k in there], [values[k] for k in there])
     return Skill(factors, frozenset().union(*(skill.embeddings for skill in skills)))
 
 
@@ -259,62 +199,7 @@ def truncate(skill: Skill, *, rank: int | None = None, error: float | None = Non
         raise ValueError(f"give either a rank, an error or a budget, got rank={rank}, error={error} and budget={budget}")
     check_cut(rank, error, budget, len(skill))
     parts = {name: (each, each.cores[0], promote(skill[name])) for name in skill for each in [core([skill], name)]}
-    return from_cores(parts, skill.embeddings, rank=rank, error=error, budget=budget)[0]
-
-
-def check_cut(rank: int | None, error: float | None, budget: int | None, modules: int) -> None:
-    """Check what says where singular values are cut; a ValueError names what is out of range, or that there are several."""
-    if (rank, error, budget).count(None) < 2:
-        raise ValueError(f"give one of rank, error and budget, got rank={rank}, error={error} and budget={budget}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if error is not None and not 0 <= error < 1:
-        raise ValueError(f"error is a share of the norm in [0, 1), got {error}")
-    if budget is not None and budget < modules:
-        raise ValueError(f"a budget of {budget} ranks is too small for {modules} modules, which keep one each: give more")
-
-
-def from_cores(
-    parts: Mapping[str, tuple[Core, Tensor, torch.dtype]],
-    embeddings: frozenset[str] = frozenset(),
-    *,
-    rank: int | None = None,
-    error: float | None = None,
-    budget: int | None = None,
-) -> tuple[Skill, dict[str, float]]:
-    """Skill whose deltas are `Q_B C Q_A^T`, in balanced factors of their singular values.
-
-    Args:
-        parts: per module the bases, C (P, P') in them, and the dtype of the factors.
-        embeddings: see `Skill`.
-        rank: see `truncate`, as `error` and `budget`. Without any of them all singular values that are not rounding are kept.
-        error: a share of the norm.
-        budget: ranks in total.
-
-    Returns:
-        The skill, and per module the norm of the singular values that it keeps.
-
-    Raises:
-        ValueError: values out of range, or several of them.
-
-    """
-    check_cut(rank, error, budget, len(parts))
-    svds = {name: torch.linalg.svd(matrix, full_matrices=False) for name, (_, matrix, _) in parts.items()}
-    values = {name: s for name, (_, s, _) in svds.items()}
-    if rank is not None:
-        keep = {name: min(rank, len(s)) for name, s in values.items()}
-    elif error is not None:
-        keep = _within(values, error)
-    elif budget is not None:
-        keep = _largest(values, budget)
-    else:
-        keep = {name: max(1, int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())) for name, s in values.items()}
-    factors: dict[str, Factor] = {}
-    for name, (bases, _, dtype) in parts.items():
-        (u, s, vh), q = svds[name], keep[name]
-        a, b = bases.factor((bases.left @ u)[:, :q], s[:q], (bases.right @ vh.mT)[:, :q])
-        factors[name] = (a.to(dtype), b.to(dtype))
-    return Skill(factors, embeddings & set(factors)), {name: float(s[: keep[name]].norm()) for name, s in values.items()}
+    return Skill(cut(parts, rank=rank, error=error, budget=budget)[0], skill.embeddings)
 
 
 def gram(skills: Sequence[Skill]) -> Tensor:
@@ -359,40 +244,3 @@ def distance(one: Skill, two: Skill) -> dict[str, float]:
 def _finite(tensor: Tensor) -> bool:
     """Whether every entry is finite; a sum is, at the speed of memory, if they all are and it does not overflow."""
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
-
-
-def check_shapes(module: str, pairs: Sequence[Factor]) -> None:
-    """Check that factors of one module are of layers of one size; a ValueError names the sizes."""
-    sizes = [(b.shape[0], tuple(a.shape[1:])) for a, b in pairs]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"module {module!r} has another size in another skill, (out, in): {sizes}; these skills belong to different bases")
-
-
-def promote(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Dtype that holds what all of them hold."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _within(values: Mapping[str, Tensor], error: float) -> dict[str, int]:
-    """Ranks per module that together leave out at most `error` of the norm: the smallest singular values go first, wherever they are."""
-    lost, _ = torch.cat(list(values.values())).sort()
-    dropped = int((lost.square().cumsum(0) <= error**2 * lost.square().sum()).sum())
-    return _without_smallest(values, dropped)
-
-
-def _largest(values: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Ranks per module of the `budget` largest singular values, the largest of every module among them."""
-    rest = {name: s[1:] for name, s in values.items()}
-    kept = _without_smallest(rest, max(0, sum(map(len, rest.values())) - (budget - len(values))), least=0)
-    return {name: 1 + rank for name, rank in kept.items()}
-
-
-def _without_smallest(values: Mapping[str, Tensor], dropped: int, least: int = 1) -> dict[str, int]:
-    """How many singular values every module keeps without the smallest of all."""
-    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(values.values())])
-    order = torch.cat(list(values.values())).argsort()
-    cut = torch.bincount(owner[order[:dropped].cpu()], minlength=len(values)).tolist()
-    return {name: max(least, len(s) - cut[i]) for i, (name, s) in enumerate(values.items())}

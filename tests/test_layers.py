@@ -20,7 +20,7 @@ FILES = {
 }
 
 ORDER = [
-    *("words", "certificate", "tensors", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
+    *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
     *("shards", "exchange", "search", "artifacts"),
     *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,12 +53,12 @@ def test_skills_that_cancel():
     one = make(0, (2, 2, 2))
     certificate = merge([one, one], [1.0, -1.0]).certificate
     assert (certificate.exact, certificate.error) == (True, 0.0)
-    halved = merge([one, one], [1.0, -1.0], method=lambda skills, weights: skills[0]).certificate
+    halved = merge([one, one], [1.0, -1.0], method=lambda part: part.factors[0]).certificate
     assert (halved.exact, halved.error, halved.energy) == (False, math.inf, 0.0)
 
 
-def test_svd_defaults_to_the_largest_rank():
-    assert merge([make(0, (2, 2, 1)), make(1, (4, 1, 1))], method="svd").ranks == {"a": 4, "b": 3, "c": 2}
+def test_svd_defaults_to_the_largest_rank_of_each_module():
+    assert merge([make(0, (2, 2, 1)), make(1, (4, 1, 1))], method="svd").ranks == {"a": 4, "b": 2, "c": 1}
 
 
 def test_an_error_instead_of_a_rank():
@@ -67,8 +68,9 @@ def test_an_error_instead_of_a_rank():
 
 
 def test_a_function_is_a_method_too():
-    def halved(skills, weights):
-        return skills[0].scaled(float(weights[0]) / 2)
+    def halved(part):
+        (a, b), weight = part.factors[0], part.weights[0]
+        return a, b * (weight / 2)
 
     certificate = merge([make(0, (2, 2, 2))], [1.0], method=halved).certificate
     assert (certificate.method, certificate.exact, certificate.error) == ("halved", False, pytest.approx(0.5))
@@ -100,8 +102,8 @@ def test_a_method_is_registered_once():
     from skillbank.merge import method
 
     @method("first")
-    def first(skills, weights):
-        return skills[0]
+    def first(part):
+        return part.factors[0]
 
     try:
         assert merge([make(0, (1, 1, 1))], [1.0], method="first").certificate.method == "first"
@@ -134,8 +136,8 @@ def test_bad_weights_by_pattern():
         merge(skills, [{"aa": 1.0, "*": 2.0}, 1.0])
     with pytest.raises(ValueError, match="got 1 weights for 2 skills"):
         merge(skills, torch.tensor(0.5))
-    with pytest.raises(ValueError, match="a budget of ranks is for all modules together"):
-        merge(skills, [{"a": 1.0, "*": 2.0}, 1.0], method="svd", budget=5)
+    with pytest.raises(ValueError, match="all weights are 0 where the skills have modules"):
+        merge([skills[0].part("a"), skills[1].part("c")], [{"a": 0.0, "*": 1.0}, {"c": 0.0, "*": 1.0}])
 
 
 def test_a_certificate_of_a_cut():
@@ -143,7 +145,9 @@ def test_a_certificate_of_a_cut():
     full, short = merge(skills, method="tsv_m"), merge(skills, method="tsv_m", rank=2)
     assert full.certificate.cut == 0.0
     assert short.certificate.cut == pytest.approx(float((flat(full) - flat(short)).norm() / flat(full).norm()), rel=1e-6)
-    assert merge(skills, method="svd", rank=2).certificate.cut is None
+    svd = merge(skills, method="svd", rank=2).certificate
+    assert svd.cut == pytest.approx(svd.error)
+    assert merge(skills).certificate.cut is None
     split = merge(skills, [{"a": 1.0, "*": 0.5}, 1.0, 1.0], method="tsv_m", rank=2)
     whole = merge(skills, [{"a": 1.0, "*": 0.5}, 1.0, 1.0], method="tsv_m")
     assert split.certificate.cut == pytest.approx(float((flat(whole) - flat(split)).norm() / flat(whole).norm()), rel=1e-6)
@@ -205,7 +209,12 @@ def test_exact_means_up_to_the_rounding_of_the_dtype(dtype, eps):
     stacked = merge(skills, [0.3, -0.7]).certificate
     assert stacked.exact
     assert stacked.error < eps
-    damaged = merge(skills, [0.3, -0.7], method=lambda skills, weights: merge(skills, weights * (1 + 3 * eps)))
+
+
+    def wrong(part):
+        return METHODS["stack"].function(replace(part, weights=part.weights * (1 + 3 * eps)))
+
+    damaged = merge(skills, [0.3, -0.7], method=wrong)
     assert not damaged.certificate.exact
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pkgutil import iter_modules
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge.lift import resolution
-from skillbank.merge.registry import LAWS, METHODS, Entry, Method, check_options, described, find, method
-from skillbank.skill import Core, Skill, check_shapes, core, cosines, modules_of, promote
+from skillbank.core import Factor, check_cut, check_shapes, cut
+from skillbank.merge.lift import Merged, Part
+from skillbank.merge.measure import Measured
+from skillbank.merge.registry import CUTS, LAWS, METHODS, Entry, Method, check_options, described, find, method
+from skillbank.skill import Skill, modules_of
 
-__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Method", "certify", "described", "merge", "method"]
+__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Merged", "Method", "Part", "described", "merge", "method"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
@@ -46,20 +47,63 @@ def merge(
         raise ValueError("merge needs at least one skill, got none")
     entry = find(method) if isinstance(method, str) else Entry(method)
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    check_options(name, entry.function, options)
+    check_options(name, entry.function, options, () if entry.exact else CUTS)
     _check_together(skills)
     each = 1 / len(skills) if entry.weight is None else entry.weight
     at = _per_module(skills, [each] * len(skills) if weights is None else weights)
     if entry.first and any(values[0] == 0 for values in at.values()):
         raise ValueError(f"the first skill has weight 0, but {name!r} starts from it: give it another weight, or put another skill first")
-    groups: dict[tuple[float, ...], list[str]] = {}
-    for module, values in at.items():
-        groups.setdefault(values, []).append(module)
-    if len(groups) > 1 and options.get("budget") is not None:
-        raise ValueError("a budget of ranks is for all modules together, which weights per module split: give a rank or an error")
-    found = [_merged(entry.function, skills, values, modules, options) for values, modules in groups.items()]
-    merged = _together([skill for skill, _ in found])
-    return replace(merged, certificate=certify(skills, at, merged, name, _cut(found)))
+    measured = Measured(len(skills))
+    factors = dict(_modules(skills, at, entry, options, measured))
+    if not factors:
+        raise ValueError("all weights are 0 where the skills have modules, so that nothing is left: give one of them another weight")
+    embeddings = frozenset[str]().union(*(skill.embeddings for skill in skills))
+    return Skill(factors, embeddings & set(factors), measured.certificate(name))
+
+
+def _modules(
+    skills: Sequence[Skill], at: Mapping[str, tuple[float, ...]], entry: Entry, options: Mapping[str, Any], measured: Measured
+) -> Iterator[tuple[str, Factor]]:
+    """Merged factors of one module after the other; with an error or a budget all modules are looked at before the first is cut."""
+    asked: dict[str, Any] = {key: options.get(key) for key in CUTS}
+    own = {key: value for key, value in options.items() if key not in CUTS}
+    together = asked["error"] is not None or asked["budget"] is not None
+    waiting: dict[str, tuple[Part, Merged]] = {}
+    check_cut(**asked, modules=len(at))
+    for module, weights in at.items():
+        part = _part(skills, module, weights, 0 if together else asked["rank"])
+        if part is None:
+            measured.absent(module)
+            continue
+        found = entry.function(part, **own)
+        if isinstance(found, tuple) and not isinstance(found, Merged):
+            measured.add(part, found)
+            yield module, found
+        else:
+            waiting[module] = part, found
+            if not together:
+                yield from _cut(waiting, asked, measured)
+                waiting.clear()
+    if waiting:
+        yield from _cut(waiting, asked, measured)
+
+
+def _part(skills: Sequence[Skill], module: str, weights: tuple[float, ...], most: int | None) -> Part | None:
+    """Of the skills at another weight than 0, or of all where there is none; None where none of them has the module."""
+    places = [k for k, weight in enumerate(weights) if weight != 0] or [*range(len(skills))]
+    factors = [skills[k].factors.get(module) for k in places]
+    chosen = torch.tensor([weights[k] for k in places], dtype=torch.float64)
+    return Part(module, factors, chosen, places, most) if any(pair is not None for pair in factors) else None
+
+
+def _cut(waiting: Mapping[str, tuple[Part, Merged]], asked: Mapping[str, Any], measured: Measured) -> Iterator[tuple[str, Factor]]:
+    if all(value is None for value in asked.values()):
+        asked = {"rank": next(iter(waiting.values()))[1].rank}
+    pairs, kept = cut({name: (found.bases, found.matrix, part.dtype) for name, (part, found) in waiting.items()}, **asked)
+    for name, (part, found) in waiting.items():
+        measured.cut(found, kept[name])
+        measured.add(part, pairs[name])
+        yield name, pairs[name]
 
 
 def _check_together(skills: Sequence[Skill]) -> None:
@@ -97,98 +141,3 @@ def _at(module: str, weight: float | Mapping[str, float], there: bool) -> float:
     if not fitting and there:
         raise ValueError(f"module {module!r} fits none of the patterns {list(weight)}: give a weight for '*', the rest")
     return float(weight[max(fitting, key=lambda pattern: (len(pattern), pattern))]) if fitting else 0.0
-
-
-def _merged(
-    function: Method, skills: Sequence[Skill], weights: tuple[float, ...], modules: Sequence[str], options: Mapping[str, Any]
-) -> tuple[Skill, float | None]:
-    """Merge of some of the modules, and what a cut took away."""
-    chosen = set(modules)
-    parts = skills if set(modules_of(skills)) == chosen else [_part(skill, skills, chosen) for skill in skills]
-    found = function(parts, torch.tensor(weights, dtype=torch.float64), **options)
-    return found if isinstance(found, tuple) else (found, None)
-
-
-def _part(skill: Skill, skills: Sequence[Skill], modules: set[str]) -> Skill:
-    """The skill on these modules; where it has none of them, a delta of zeros on one."""
-    if inside := modules & set(skill):
-        return skill.part(sorted(inside))
-    name = min(modules)
-    a, b = next(each[name] for each in skills if name in each)
-    return Skill({name: (a.new_zeros(1, *a.shape[1:]), b.new_zeros(len(b), 1))})
-
-
-def _together(parts: Sequence[Skill]) -> Skill:
-    if len(parts) == 1:
-        return parts[0]
-    return Skill({name: pair for part in parts for name, pair in part.factors.items()}, frozenset[str]().union(*(part.embeddings for part in parts)))
-
-
-def _cut(found: Sequence[tuple[Skill, float | None]]) -> float | None:
-    """Relative error of all cuts together, from the norms of what they left."""
-    if len(found) == 1:
-        return found[0][1]
-    cuts = [(skill.norm(), cut) for skill, cut in found if cut is not None]
-    if len(cuts) < len(found):
-        return None
-    lost = sum(kept**2 * cut**2 / (1 - cut**2) for kept, cut in cuts if cut < 1)
-    whole = sum(kept**2 / (1 - cut**2) for kept, cut in cuts if cut < 1)
-    return math.sqrt(lost / whole) if whole else 0.0
-
-
-def certify(skills: Sequence[Skill], weights: Mapping[str, tuple[float, ...]], merged: Skill, method: str, cut: float | None = None) -> Certificate:
-    """Compare `merged` with the exact sum of the skills under `weights` (K,) per module, in the QR core of the skills."""
-    norms: dict[str, tuple[float, float, float]] = {}
-    effective: dict[str, float] = {}
-    products = torch.zeros(len(skills), len(skills), dtype=torch.float64)
-    for name, values in weights.items():
-        here = core(skills, name)
-        flat = (here.cores * torch.tensor(values, dtype=torch.float64).to(here.cores)[:, None, None]).flatten(1)
-        total = flat.sum(0).reshape(here.cores.shape[1:])
-        products += (flat @ flat.mT).cpu()
-        if name not in merged:  # every skill that has it is at weight 0
-            norms[name], effective[name] = (float(total.norm()), float(total.norm()), 0.0), 0.0
-            continue
-        a, b = (half.to(here.cores) for half in merged[name])
-        norms[name] = _distance(here, total, a.flatten(1), b), float(total.norm()), resolution(promote(merged[name])) * float(flat.norm())
-        effective[name] = _effective_rank(a.flatten(1), b)
-    lost, whole, rounding = (math.hypot(*column) for column in zip(*norms.values(), strict=True))
-    error, apart = _share(lost, whole, rounding), float(products.trace())
-    return Certificate(
-        method=method,
-        exact=lost <= rounding,
-        error=error,
-        energy=max(0.0, 1 - error**2),
-        errors={name: _share(*each) for name, each in norms.items()},
-        ranks=merged.ranks,
-        conflict=cosines(products).tolist(),
-        cut=cut,
-        effective_ranks=effective,
-        cancelled=max(0.0, 1 - whole**2 / apart) if apart else 0.0,
-    )
-
-
-def _distance(bases: Core, total: Tensor, a: Tensor, b: Tensor) -> float:
-    """`||Q_B C Q_A^T - B A||_F`, from what of B A lies within the bases and from what does not, which are orthogonal."""
-    left, right = bases.left.mT @ b, a @ bases.right
-    out_b, out_a = b - bases.left @ left, a - right @ bases.right.mT
-    outside = ((out_b.mT @ out_b) * (a @ a.mT)).sum() + ((left.mT @ left) * (out_a @ out_a.mT)).sum()
-    return float(((total - left @ right).square().sum() + outside.clamp_min(0)).sqrt())
-
-
-def _effective_rank(a: Tensor, b: Tensor) -> float:
-    """Exponential of the entropy of the singular values of B A (Roy and Vetterli, 2007); 0 for a delta that is zero."""
-    values, vectors = torch.linalg.eigh(b.mT @ b)
-    half = vectors * values.clamp_min(0).sqrt()
-    singular = torch.linalg.eigvalsh(half.mT @ (a @ a.mT) @ half).clamp_min(0).sqrt()
-    if not singular.sum():
-        return 0.0
-    shares = singular[singular > 0] / singular.sum()
-    return float((-(shares * shares.log()).sum()).exp())
-
-
-def _share(lost: float, whole: float, rounding: float) -> float:
-    """Relative error; where the parts cancel up to rounding, what is lost in rounding is no error."""
-    if whole > rounding:
-        return lost / whole
-    return 0.0 if lost <= rounding else math.inf

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import wraps
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skillbank.merge.lift import Merged, dtype_of, on_modules, present
+from skillbank.core import Core, check_shapes
+from skillbank.merge.lift import Merged, Part
 from skillbank.merge.registry import Method, check_options, find
 from skillbank.merge.tiles import DenseTiles, Tiles
-from skillbank.skill import Core, Skill
 
 __all__ = ["Combine", "combined", "fitted", "on_entries"]
 
@@ -34,32 +33,25 @@ def on_entries(function: Callable[..., Combine]) -> Method:
     """
 
     @wraps(function)
-    def lifted(skills: Sequence[Skill], weights: Tensor, *, module: str, most: int | None, **options: Any) -> Merged:
-        skills, weights = present(skills, weights)
-        there = [skill[module][0] for skill in skills if module in skill]
-        tiles = _tiles(skills, weights, module)
-        rank = min(tiles.shape) if most == 0 else most or sum(map(len, there))
-        return fitted(tiles, function(tiles, **options), rank, there[0].shape[1:])
+    def lifted(part: Part, **options: Any) -> Merged:
+        tiles = _tiles(part)
+        rank = min(tiles.shape) if part.most == 0 else part.most or sum(len(a) for a, _ in part.there)
+        return fitted(tiles, function(tiles, **options), rank, part.there[0][0].shape[1:])
 
-    shape = signature(function)
-    whole = signature(lifted, follow_wrapped=False).parameters
-    own = [each for each in shape.parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
-    parameters = [whole["skills"], whole["weights"], whole["module"], whole["most"], *own]
-    vars(lifted)["__signature__"] = shape.replace(parameters=parameters)
-    method = on_modules(lifted)
-    vars(method)["entries"] = function
-    return method
+    vars(lifted)["entries"] = function
+    return lifted
 
 
-def _tiles(skills: Sequence[Skill], weights: Tensor, module: str) -> Tiles:
-    dtype = torch.promote_types(dtype_of(skills, module), torch.float32)
-    a, b = next(skill[module] for skill in skills if module in skill)
-    empty = a.new_zeros(1, a[0].numel(), dtype=dtype), b.new_zeros(len(b), 1, dtype=dtype)
-    pairs = []
-    for skill, weight in zip(skills, weights.tolist(), strict=True):
-        a, b = skill.factors.get(module, empty)
-        pairs.append((a.flatten(1).to(dtype), b.to(dtype) * weight))
-    return Tiles(pairs, module)
+def _tiles(part: Part) -> Tiles:
+    check_shapes(part.module, part.there)
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    a, b = part.there[0]
+    empty = a.new_zeros(1, *a.shape[1:]), b.new_zeros(len(b), 1)
+    pairs = [
+        (a.flatten(1).to(dtype), b.to(dtype) * weight)
+        for (a, b), weight in zip((pair or empty for pair in part.factors), part.weights.tolist(), strict=True)
+    ]
+    return Tiles(pairs, part.module)
 
 
 def fitted(tiles: Tiles, combine: Combine, rank: int, shape: torch.Size) -> Merged:

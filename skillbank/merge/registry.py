@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from skillbank.skill import Skill
 from skillbank.words import did_you_mean
 
-__all__ = ["LAWS", "METHODS", "Entry", "Method", "check_options", "described", "find", "method"]
+if TYPE_CHECKING:
+    from skillbank.core import Factor
+    from skillbank.merge.lift import Merged
 
-Method = Callable[..., Skill | tuple[Skill, float]]
-"""`method(skills, weights (K,) float64, **options) -> Skill`: pure, exact on B @ A, independent of how the factors are stored.
+__all__ = ["CUTS", "LAWS", "METHODS", "Entry", "Method", "check_options", "described", "find", "method"]
 
-One that cuts its own result to a rank may say beside the skill what that takes away, as a relative error.
+Method = Callable[..., "Merged | Factor"]
+"""`method(part, **options)`: what becomes of one module, as `Merged`, which is then cut to a rank, or as factors (A, B), which stay as they are.
+
+Pure, exact on B @ A, independent of how the factors are stored.
 """
+
+CUTS = ("rank", "error", "budget")
+"""Options of every method whose result is cut to a rank; see `skill.truncate`."""
 
 LAWS = {
     "single": "one skill at weight 1 is itself",
@@ -35,6 +41,7 @@ class Entry(NamedTuple):
 
     Args:
         function: what it computes.
+        exact: it gives factors that nothing is cut from.
         weight: of a skill where the user gives none; None for 1 / K.
         breaks: laws that it breaks by its nature, each with the reason.
         first: the first skill has a part of its own.
@@ -42,6 +49,7 @@ class Entry(NamedTuple):
     """
 
     function: Method
+    exact: bool = False
     weight: float | None = None
     breaks: Mapping[str, str] = {}
     first: bool = False
@@ -51,11 +59,14 @@ METHODS: dict[str, Entry] = {}
 """Merge methods by name; every file of this package that has some is imported with it."""
 
 
-def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] | None = None, first: bool = False) -> Callable[[Method], Method]:
+def method(
+    name: str, *, exact: bool = False, weight: float | None = None, breaks: Mapping[str, str] | None = None, first: bool = False
+) -> Callable[[Method], Method]:
     """Register a merge method under a name.
 
     Args:
         name: what users call it.
+        exact: it gives factors that nothing is cut from.
         weight: of every skill where the user gives none; None for 1 / K, as a mean has it, 1.0 where skills add up.
         breaks: laws of `LAWS` that do not hold, each with the reason.
         first: the first skill has a part of its own, so that it cannot be absent.
@@ -69,7 +80,7 @@ def method(name: str, *, weight: float | None = None, breaks: Mapping[str, str] 
         if name in METHODS:
             there = METHODS[name].function
             raise ValueError(f"there is a merge method {name!r} already, {there.__module__}.{there.__name__}: choose another name")
-        METHODS[name] = Entry(function, weight, dict(breaks or {}), first)
+        METHODS[name] = Entry(function, exact, weight, dict(breaks or {}), first)
         return function
 
     return register
@@ -82,12 +93,14 @@ def find(name: str) -> Entry:
     return METHODS[name]
 
 
-def check_options(name: str, function: Callable[..., object], options: Mapping[str, object]) -> None:
-    """Check that a method takes the options; a ValueError says which it takes."""
+def _options(function: Callable[..., object]) -> dict[str, object]:
     parameters = inspect.signature(function).parameters.values()
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        return
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_options(name: str, function: Callable[..., object], options: Mapping[str, object], more: Sequence[str] = ()) -> None:
+    """Check that a method takes the options, its own and `more`; a ValueError says which it takes."""
+    known = [*_options(function), *more]
     for key in options:
         if key not in known:
             raise ValueError(f"merge method {name!r} takes no {key!r}: {did_you_mean(key, known) if known else 'it has no options'}")
@@ -102,8 +115,8 @@ def _told(entry: Entry) -> dict[str, str]:
     text = " ".join((inspect.getdoc(entry.function) or "").partition("Args:")[0].split())
     found = _SOURCE.findall(text)
     first = re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
-    parameters = [each for each in inspect.signature(entry.function).parameters.values() if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    options = ", ".join(each.name if each.default is None else f"{each.name}={each.default}" for each in parameters)
+    taken = _options(entry.function) | ({} if entry.exact else dict.fromkeys(CUTS))
+    options = ", ".join(key if default is None else f"{key}={default}" for key, default in taken.items())
     return {
         "what it does": first,
         "options": options,

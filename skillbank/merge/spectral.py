@@ -17,65 +17,56 @@ _SINGLE = "the singular values are made equal"
 
 @method("tsv_m", weight=1.0)
 @on_cores
-def tsv_m(cores: Tensor, weights: Tensor, *, noise: float, keep: float = 1.0) -> Tensor:
+def tsv_m(deltas: Tensor, noise: float, *, keep: float = 1.0) -> Tensor:
     """Task singular vectors: `polar([U_1, ..., U_K]) diag(S_1, ..., S_K) polar([V_1, ..., V_K])^T` of the weighted deltas `U_k S_k V_k^T`.
 
     The directions of different skills are made orthogonal, so that they do not meet. arXiv 2412.00081; there K skills of full rank
     keep a K-th of their directions each, here all that a skill has.
 
     Args:
-        cores: deltas (K, P, P').
-        weights: (K,), any sign.
+        deltas: weighted deltas (K, P, P').
         noise: norm of what is rounding.
         keep: share of the directions of every skill, the strongest first; in (0, 1].
 
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is a share of the directions in (0, 1], got {keep}")
-    return _orthogonal(
-        [
-            (u[:, :q], s[:q], v[:, :q])
-            for u, s, v in (_svd(each, noise) for each in cores * weights[:, None, None])
-            for q in [math.ceil(keep * len(s))]
-        ]
-    )
+    return _orthogonal([(u[:, :q], s[:q], v[:, :q]) for u, s, v in (_svd(each, noise) for each in deltas) for q in [math.ceil(keep * len(s))]])
 
 
 @method("iso_c", weight=1.0, breaks={"single": _SINGLE})
 @on_cores
-def iso_c(cores: Tensor, weights: Tensor, *, noise: float) -> Tensor:
+def iso_c(deltas: Tensor, noise: float) -> Tensor:
     """Isotropic merge: the weighted sum with all its singular values made their mean.
 
     Over the directions that the sum has; over all of the layer's, as for skills of full rank, most of the merge would be arbitrary.
     arXiv 2502.04959.
     """
-    u, s, v = _svd(torch.einsum("k,kpq->pq", weights, cores), noise)
-    return s.mean() * u @ v.mT if len(s) else torch.zeros_like(cores[0])
+    u, s, v = _svd(deltas.sum(0), noise)
+    return s.mean() * u @ v.mT if len(s) else torch.zeros_like(deltas[0])
 
 
 @method("iso_cts", weight=1.0, breaks={"single": _SINGLE})
 @on_cores
-def iso_cts(cores: Tensor, weights: Tensor, *, noise: float, common: float = 0.8) -> Tensor:
+def iso_cts(deltas: Tensor, noise: float, *, common: float = 0.8) -> Tensor:
     """Isotropic merge in common and task-specific subspaces: `iso_c` whose weakest directions make way for what single skills do outside the rest.
 
     Of the R directions of the sum the first `common` R stay; every skill adds its strongest `(1 - common) R / K` of what the others leave. All are
     made orthogonal. arXiv 2502.04959.
 
     Args:
-        cores: deltas (K, P, P').
-        weights: (K,), any sign.
+        deltas: weighted deltas (K, P, P').
         noise: norm of what is rounding.
         common: share of the directions that are those of the sum, in (0, 1].
 
     """
     if not 0 < common <= 1:
         raise ValueError(f"common is a share of the directions in (0, 1], got {common}")
-    weighted = cores * weights[:, None, None]
-    u, s, v = _svd(weighted.sum(0), noise)
+    u, s, v = _svd(deltas.sum(0), noise)
     first = max(1, round(common * len(s)))
-    own = max(0, len(s) - first) // len(cores)
+    own = max(0, len(s) - first) // len(deltas)
     parts = [(u[:, :first], s[:first], v[:, :first])]
-    for each in weighted:
+    for each in deltas:
         u_k, s_k, v_k = _svd(each - parts[0][0] @ (parts[0][0].mT @ each), noise)
         parts.append((u_k[:, :own], s_k[:own], v_k[:, :own]))
     values = torch.cat([each for _, each, _ in parts])
@@ -85,25 +76,23 @@ def iso_cts(cores: Tensor, weights: Tensor, *, noise: float, common: float = 0.8
 
 @method("opcm", weight=1.0, breaks={"order": "later skills make way for earlier ones"})
 @on_cores
-def opcm(cores: Tensor, weights: Tensor, *, noise: float, share: float = 0.5) -> Tensor:
+def opcm(deltas: Tensor, noise: float, *, share: float = 0.5) -> Tensor:
     """Orthogonal projection, one skill after the other: a skill adds what it does outside the top directions of the merge so far.
 
     In the singular directions of the merge so far its block of the top ones and its diagonal are taken away. After every skill the merge is scaled to
     the mean norm of the skills in it. arXiv 2501.09522; over the directions that the merge has, where others would be arbitrary.
 
     Args:
-        cores: deltas (K, P, P').
-        weights: (K,), any sign.
+        deltas: weighted deltas (K, P, P').
         noise: norm of what is rounding.
         share: top directions are the most that have no more than this share of the sum of singular values, in [0, 1].
 
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is a share of the singular values in [0, 1], got {share}")
-    weighted = cores * weights[:, None, None]
-    norms = weighted.flatten(1).norm(dim=1)
-    total, scale = torch.zeros_like(cores[0]), torch.ones(())
-    for count, each in enumerate(weighted, 1):
+    norms = deltas.flatten(1).norm(dim=1)
+    total, scale = torch.zeros_like(deltas[0]), torch.ones(())
+    for count, each in enumerate(deltas, 1):
         u, s, v = _svd(total, noise)
         top = int((s.cumsum(0) <= share * s.sum()).sum())
         taken = u.mT @ each @ v

@@ -6,15 +6,13 @@ are shares and count relative to their sum. A skill that lacks a module has a de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from skillbank.merge.lift import Merged, on_gram, on_modules, present, shares
+from skillbank.merge.lift import Merged, Part, on_gram, shares
 from skillbank.merge.registry import method
-from skillbank.skill import Skill, core
 
 __all__ = ["karcher", "model_stock", "multislerp", "nuslerp", "slerp"]
 
@@ -32,13 +30,11 @@ def slerp(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 @method("nuslerp", breaks=_BREAKS)
-@on_modules
-def nuslerp(skills: Sequence[Skill], weights: Tensor, *, module: str) -> Merged:
+def nuslerp(part: Part) -> Merged:
     """Spherical interpolation of two skills, `slerp` for every output of the layer, that is for every row of the deltas, on its own."""
-    skills, weights = present(skills, weights)
-    here = core(skills, module)
+    here = part.core
     rows = here.left @ here.cores
-    t = _arc(torch.einsum("kop,lop->okl", rows, rows), shares(weights).to(rows))
+    t = _arc(torch.einsum("kop,lop->okl", rows, rows), shares(part.weights).to(rows))
     left, triangle = torch.linalg.qr(torch.einsum("ok,kop->op", t, rows))
     return Merged(replace(here, left=left), triangle)
 

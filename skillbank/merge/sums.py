@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from skillbank.merge.lift import present
+from skillbank.core import Factor, side_by_side
+from skillbank.merge.lift import Merged, Part
 from skillbank.merge.registry import method
-from skillbank.skill import Skill, stack, truncate
 
-__all__ = ["average", "stacked", "svd"]
+__all__ = ["average", "stack", "svd"]
 
 
-@method("stack")
-def stacked(skills: Sequence[Skill], weights: Tensor) -> Skill:
+@method("stack", exact=True)
+def stack(part: Part) -> Factor:
     """`sum_k w_k delta_k` exactly; the rank is the sum of the ranks. With any weights: task arithmetic, negation, the linear merge."""
-    return stack(*present(skills, weights))
+    return _weighted(part, part.weights)
 
 
 @method("svd")
-def svd(skills: Sequence[Skill], weights: Tensor, *, rank: int | None = None, error: float | None = None, budget: int | None = None) -> Skill:
+def svd(part: Part) -> Merged:
     """Best approximation of `sum_k w_k delta_k`: at a rank per module, at a total of ranks, or the smallest ranks within a total relative error.
 
-    Without any, the rank per module is the largest rank among the skills. Computed in the QR core: O((O + I) R^2 + R^3). Eckart and Young (1936).
+    Without any, the rank of a module is the largest that a skill has there. Computed in the QR core: O((O + I) R^2 + R^3).
+    Eckart and Young (1936).
     """
-    skills, weights = present(skills, weights)
-    if rank is error is budget is None:
-        rank = max(max(skill.ranks.values()) for skill in skills)
-    return truncate(stack(skills, weights), rank=rank, error=error, budget=budget)
+    return Merged(part.core, part.deltas.sum(0), rank=max(len(a) for a, _ in part.there))
 
 
-@method("average", breaks={"sign": "weights are relative to their sum"})
-def average(skills: Sequence[Skill], weights: Tensor) -> Skill:
+@method("average", exact=True, breaks={"sign": "weights are relative to their sum"})
+def average(part: Part) -> Factor:
     """`sum_k w_k delta_k / sum_k w_k` exactly: weights of any size, relative to each other."""
-    skills, weights = present(skills, weights)
-    total = float(weights.sum())
-    if abs(total) <= 1e-12 * float(weights.abs().sum()):
-        raise ValueError(f"weights {weights.tolist()} add up to 0, so that there is no average: use stack")
-    return stack(skills, weights / total)
+    total = float(part.weights.sum())
+    if abs(total) <= 1e-12 * float(part.weights.abs().sum()):
+        raise ValueError(f"weights {part.weights.tolist()} add up to 0, so that there is no average: use stack")
+    return _weighted(part, part.weights / total)
+
+
+def _weighted(part: Part, weights: Tensor) -> Factor:
+    chosen = [weight for pair, weight in zip(part.factors, weights.tolist(), strict=True) if pair is not None]
+    return side_by_side(part.module, part.there, chosen)

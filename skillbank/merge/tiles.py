@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from skillbank.skill import Factor
+from skillbank.core import Factor
 
 __all__ = ["DenseTiles", "Tiles"]
 
