@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pkgutil import iter_modules
@@ -19,7 +20,7 @@ from skillbank.merge.measure import Measured
 from skillbank.merge.registry import CUTS, LAWS, METHODS, Entry, Method, check_options, described, find, method
 from skillbank.skill import Skill, modules_of
 
-__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Merged", "Method", "Part", "described", "merge", "method"]
+__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Merged", "Merging", "Method", "Part", "described", "merge", "method"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
@@ -43,49 +44,82 @@ def merge(
             are not finite, a module that no pattern fits, a pattern that fits no module, or a method's own complaint.
 
     """
-    if not skills:
-        raise ValueError("merge needs at least one skill, got none")
-    entry = find(method) if isinstance(method, str) else Entry(method)
-    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    check_options(name, entry.function, options, () if entry.exact else CUTS)
-    _check_together(skills)
-    each = 1 / len(skills) if entry.weight is None else entry.weight
-    at = _per_module(skills, [each] * len(skills) if weights is None else weights)
-    if entry.first and any(values[0] == 0 for values in at.values()):
-        raise ValueError(f"the first skill has weight 0, but {name!r} starts from it: give it another weight, or put another skill first")
-    measured = Measured(len(skills))
-    factors = dict(_modules(skills, at, entry, options, measured))
+    merging = Merging.of(skills, weights, method, options)
+    factors = dict(merging)
     if not factors:
         raise ValueError("all weights are 0 where the skills have modules, so that nothing is left: give one of them another weight")
     embeddings = frozenset[str]().union(*(skill.embeddings for skill in skills))
-    return Skill(factors, embeddings & set(factors), measured.certificate(name))
+    return Skill(factors, embeddings & set(factors), merging.certificate())
 
 
-def _modules(
-    skills: Sequence[Skill], at: Mapping[str, tuple[float, ...]], entry: Entry, options: Mapping[str, Any], measured: Measured
-) -> Iterator[tuple[str, Factor]]:
-    """Merged factors of one module after the other; with an error or a budget all modules are looked at before the first is cut."""
-    asked: dict[str, Any] = {key: options.get(key) for key in CUTS}
-    own = {key: value for key, value in options.items() if key not in CUTS}
-    together = asked["error"] is not None or asked["budget"] is not None
-    waiting: dict[str, tuple[Part, Merged]] = {}
-    check_cut(**asked, modules=len(at))
-    for module, weights in at.items():
-        part = _part(skills, module, weights, 0 if together else asked["rank"])
-        if part is None:
-            measured.absent(module)
-            continue
-        found = entry.function(part, **own)
-        if isinstance(found, tuple) and not isinstance(found, Merged):
-            measured.add(part, found)
-            yield module, found
-        else:
+@dataclass(frozen=True)
+class Merging:
+    """A merge under way: iterate for (module path, factors), one module at a time; when that has ended, there is a certificate.
+
+    Args:
+        skills: K skills.
+        at: (K,) weights for every module.
+        name: of the method.
+        entry: the method.
+        options: what it takes.
+
+    """
+
+    skills: Sequence[Skill]
+    at: Mapping[str, tuple[float, ...]]
+    name: str
+    entry: Entry
+    options: Mapping[str, Any]
+    measured: Measured = field(init=False)
+
+    @classmethod
+    def of(
+        cls, skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float]] | Tensor | None, method: str | Method, options: Mapping[str, Any]
+    ) -> Merging:
+        """Check and plan; arguments and errors as `merge` has them."""
+        if not skills:
+            raise ValueError("merge needs at least one skill, got none")
+        entry = find(method) if isinstance(method, str) else Entry(method)
+        name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+        check_options(name, entry.function, options, () if entry.exact else CUTS)
+        _check_together(skills)
+        each = 1 / len(skills) if entry.weight is None else entry.weight
+        at = _per_module(skills, [each] * len(skills) if weights is None else weights)
+        if entry.first and any(values[0] == 0 for values in at.values()):
+            raise ValueError(f"the first skill has weight 0, but {name!r} starts from it: give it another weight, or put another skill first")
+        return cls(skills, at, name, entry, options)
+
+    def __post_init__(self) -> None:
+        """Nothing is measured yet."""
+        object.__setattr__(self, "measured", Measured(len(self.skills)))
+
+    def certificate(self) -> Certificate:
+        """Return what the whole merge did."""
+        return self.measured.certificate(self.name)
+
+    def __iter__(self) -> Iterator[tuple[str, Factor]]:
+        """With an error or a budget all modules are looked at before the first is cut."""
+        asked: dict[str, Any] = {key: self.options.get(key) for key in CUTS}
+        own = {key: value for key, value in self.options.items() if key not in CUTS}
+        together = asked["error"] is not None or asked["budget"] is not None
+        waiting: dict[str, tuple[Part, Merged]] = {}
+        check_cut(**asked, modules=len(self.at))
+        for module, weights in self.at.items():
+            part = _part(self.skills, module, weights, 0 if together else asked["rank"])
+            if part is None:
+                self.measured.absent(module)
+                continue
+            found = self.entry.function(part, **own)
+            if not isinstance(found, Merged):
+                self.measured.add(part, found)
+                yield module, found
+                continue
             waiting[module] = part, found
             if not together:
-                yield from _cut(waiting, asked, measured)
+                yield from _cut(waiting, asked, self.measured)
                 waiting.clear()
-    if waiting:
-        yield from _cut(waiting, asked, measured)
+        if waiting:
+            yield from _cut(waiting, asked, self.measured)
 
 
 def _part(skills: Sequence[Skill], module: str, weights: tuple[float, ...], most: int | None) -> Part | None:
