@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from skillbank.attach import Folding, attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
-    from skillbank.exchange import export, import_adapter
+    from skillbank.exchange import export, import_adapter, merge_adapters
     from skillbank.fit import fit, validation_loss
     from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
@@ -36,7 +36,7 @@ _HOME = {
     "attach": ["Folding", "attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
-    "exchange": ["export", "import_adapter"],
+    "exchange": ["export", "import_adapter", "merge_adapters"],
     "fit": ["fit", "validation_loss"],
     "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
@@ -82,6 +82,7 @@ __all__ = [
     "load",
     "log_artifacts",
     "merge",
+    "merge_adapters",
     "read",
     "read_adapter",
     "read_lora",

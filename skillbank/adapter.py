@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skillbank.skill import Factor, Skill
-from skillbank.tensors import load_tensors, save_tensors
+from skillbank.skill import Factor, Lazy, Skill
+from skillbank.tensors import TensorWriter, load_tensors, save_tensors, whole_folder
 
-__all__ = ["CONFIG_FILE", "PICKLE_FILE", "WEIGHTS_FILE", "folded", "read_adapter", "read_config", "unshared", "write_adapter"]
+__all__ = ["CONFIG_FILE", "PICKLE_FILE", "WEIGHTS_FILE", "folded", "read_adapter", "read_config", "stream_adapter", "unshared", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,12 +72,13 @@ _FOREIGN_KEYS = {
 _FOREIGN_KEY = re.compile("|".join(map(re.escape, _FOREIGN_KEYS)))
 
 
-def read_adapter(folder: str | Path, *, trusted: bool = False) -> Skill:
+def read_adapter(folder: str | Path, *, trusted: bool = False, lazy: bool = False) -> Skill:
     """Read a PEFT LoRA adapter, its scale folded into B.
 
     Args:
         folder: a local folder with `adapter_config.json` and `adapter_model.safetensors`.
         trusted: the same files were read before and found finite; without that look at every entry they are mapped and not read.
+        lazy: fold a module's scale into it whenever it is looked at, so that the skill takes no memory beside the file's.
 
     Returns:
         The skill, in the dtype of the file; a float16 or bfloat16 module becomes float32 where folding its scale would round.
@@ -92,7 +93,8 @@ def read_adapter(folder: str | Path, *, trusted: bool = False) -> Skill:
     try:
         _check_config(config)
         factors, embeddings = _pair(load_tensors(folder / WEIGHTS_FILE, trusted=trusted)[0])
-        return Skill({name: _fold(name, pair, config) for name, pair in factors.items()}, embeddings, finite=trusted)
+        modules = Lazy(factors, lambda name: _fold(name, factors[name], config))
+        return Skill(modules if lazy else dict(modules), embeddings, finite=trusted)
     except ValueError as error:
         raise ValueError(f"adapter {str(folder)!r}: {error}") from None
 
@@ -118,8 +120,63 @@ def write_adapter(
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists():
             raise FileExistsError(f"{str(folder / name)!r} exists: write the adapter to another folder, or remove it first")
-    rank = max(skill.ranks.values())
-    others = {f"^{re.escape(name)}": r for name, r in skill.ranks.items() if r != rank}
+    tensors = {key: half for name, pair in skill.factors.items() for key, half in _named(name, pair, name in skill.embeddings)}
+    save_tensors(folder / WEIGHTS_FILE, unshared(tensors), {"format": "pt"})
+    _write_config(folder, skill.ranks, base_name, fan_in_fan_out, task_type)
+
+
+def stream_adapter(
+    modules: Iterable[tuple[str, Factor]],
+    names: Iterable[str],
+    folder: str | Path,
+    *,
+    embeddings: Container[str] = frozenset(),
+    base_name: str | None = None,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+) -> None:
+    """Write a PEFT adapter module by module, so that one of them is in memory; the folder appears when it is complete.
+
+    Args:
+        modules: (module path, factors).
+        names: paths of the modules that may come.
+        folder: must not be there yet, or be empty.
+        embeddings: see `Skill`.
+        base_name: see `write_adapter`, as the others.
+        fan_in_fan_out: see there.
+        task_type: see there.
+
+    Raises:
+        FileExistsError: the folder holds something.
+
+    """
+    ranks: dict[str, int] = {}
+    with whole_folder(Path(folder)) as written:
+        with (written / WEIGHTS_FILE).open("wb") as file:
+            keys = [f"{_PREFIX}{name}.{half}" for name in names for half in _halves(name in embeddings)]
+            writer = TensorWriter(file, keys, {"format": "pt"})
+            for name, pair in modules:
+                ranks[name] = len(pair[0])
+                for key, half in _named(name, pair, name in embeddings):
+                    writer.add(key, half)
+            writer.close()
+        _write_config(written, ranks, base_name, fan_in_fan_out, task_type)
+
+
+def _halves(table: bool) -> tuple[str, str]:
+    return ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
+
+
+def _named(name: str, pair: Factor, table: bool) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of a module in PEFT's file."""
+    a, b = pair
+    for half, tensor in zip(_halves(table), (a, b.reshape(*b.shape, *[1] * (a.dim() - 2))), strict=True):
+        yield f"{_PREFIX}{name}.{half}", tensor
+
+
+def _write_config(folder: Path, ranks: Mapping[str, int], base_name: str | None, fan_in_fan_out: bool, task_type: str | None) -> None:
+    rank = max(ranks.values())
+    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     config = {
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -133,17 +190,11 @@ def write_adapter(
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": _targets(skill),
+        "target_modules": _targets(ranks),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors: dict[str, Tensor] = {}
-    for name, (a, b) in skill.factors.items():
-        key_a, key_b = ("lora_embedding_A", "lora_embedding_B") if name in skill.embeddings else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{_PREFIX}{name}.{key_a}"] = a
-        tensors[f"{_PREFIX}{name}.{key_b}"] = b.reshape(*b.shape, *[1] * (a.dim() - 2))
-    save_tensors(folder / WEIGHTS_FILE, unshared(tensors), {"format": "pt"})
     (folder / CONFIG_FILE).write_bytes((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -291,7 +342,7 @@ def _steps(pattern: str, length: int) -> float:
     return ways + math.log(2) * pattern.count("?") + groups * math.log1p(pattern.count("|") / groups)
 
 
-def _targets(skill: Skill) -> list[str] | str:
+def _targets(modules: Iterable[str]) -> list[str] | str:
     """Modules for PEFT: their list, or, where a short name could be the end of another module's name, the exact pattern."""
-    names = list(skill)
+    names = list(modules)
     return names if all(name.count(".") >= 2 for name in names) else "|".join(map(re.escape, names))

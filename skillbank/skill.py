@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from skillbank.certificate import Certificate
 from skillbank.core import Core, Factor, check_cut, core_of, cut, promote, side_by_side
 
-__all__ = ["Factor", "Skill", "core", "cosine", "cosines", "digest", "distance", "gram", "modules_of", "stack", "truncate"]
+__all__ = ["Factor", "Lazy", "Skill", "core", "cosine", "cosines", "digest", "distance", "gram", "modules_of", "stack", "truncate"]
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -37,12 +37,46 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+class Lazy(Mapping[str, Factor]):
+    """Factors that are made when they are looked at, every time, and kept by nobody.
+
+    Args:
+        modules: their paths.
+        make: from a module's path to its factors.
+
+    """
+
+    def __init__(self, modules: Iterable[str], make: Callable[[str], Factor]) -> None:
+        self._modules = dict.fromkeys(sorted(modules))
+        self._make = make
+
+    def __getitem__(self, module: str) -> Factor:
+        """(A, B) of one module."""
+        if module not in self._modules:
+            raise KeyError(module)
+        a, b = self._make(module)
+        return a.detach(), b.detach()
+
+    def __contains__(self, module: object) -> bool:
+        """Whether there is such a module; nothing is made."""
+        return module in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        """Module paths in sorted order."""
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        """Return the number of modules."""
+        return len(self._modules)
+
+
 @dataclass(frozen=True, eq=False)
 class Skill:
     """A LoRA adapter as frozen factors: `{module path: (A, B)}`, `delta = B @ A`.
 
     Args:
-        factors: A (R, I, *kernel) and B (O, R) per module, floating point, any rank per module. Tensors are detached, not copied.
+        factors: A (R, I, *kernel) and B (O, R) per module, floating point, any rank per module. Tensors are detached, not copied;
+            `Lazy` ones stay lazy.
         embeddings: the modules that are `nn.Embedding` layers; their I is the number of embeddings and their O the width. Only the on-disk
             format needs to know.
         certificate: what the merge that made this skill did; None for a trained skill.
@@ -71,8 +105,9 @@ class Skill:
         unknown = self.embeddings - set(self.factors)
         if unknown:
             raise ValueError(f"embeddings name modules that the skill does not have: {sorted(unknown)}")
-        frozen = {name: (a.detach(), b.detach()) for name, (a, b) in sorted(self.factors.items())}
-        object.__setattr__(self, "factors", MappingProxyType(frozen))
+        if not isinstance(self.factors, Lazy):
+            frozen = {name: (a.detach(), b.detach()) for name, (a, b) in sorted(self.factors.items())}
+            object.__setattr__(self, "factors", MappingProxyType(frozen))
 
     def __iter__(self) -> Iterator[str]:
         """Module paths in sorted order."""

@@ -8,15 +8,21 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_tensors", "save_tensors", "whole_folder"]
+__all__ = ["TensorWriter", "load_tensors", "save_tensors", "whole_folder"]
+
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_ENTRY = 200
+"""Bytes in the header that a tensor takes beside its name, at most."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
@@ -33,6 +39,37 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, 
         raise OSError(int(number[1]) if number else errno.EIO, f"cannot be written: {error}", str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor, so that one of them is in memory.
+
+    Args:
+        file: open for binary writing, at its start.
+        names: of the tensors that may come.
+        notes: string notes.
+
+    """
+
+    def __init__(self, file: BinaryIO, names: Iterable[str], notes: Mapping[str, str] | None = None) -> None:
+        self._file = file
+        self._header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
+        self._room = -(-(len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY for name in names)) // 8) * 8
+        self._end = 0
+        file.write(b"\0" * (8 + self._room))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor of 16, 32 or 64 bits of floating point."""
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._file.write(flat.numpy().data)
+        start, self._end = self._end, self._end + len(flat)
+        self._header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self._end]}
+
+    def close(self) -> None:
+        """Write where everything is; before that the file is none of safetensors."""
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
 
 
 @contextmanager

@@ -210,7 +210,6 @@ def test_exact_means_up_to_the_rounding_of_the_dtype(dtype, eps):
     assert stacked.exact
     assert stacked.error < eps
 
-
     def wrong(part):
         return METHODS["stack"].function(replace(part, weights=part.weights * (1 + 3 * eps)))
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skillbank import Skill, cosine, gram, stack, truncate
+from skillbank.core import orthonormal
 from skillbank.skill import core, digest
 from tests.tiny import close
 
@@ -185,3 +186,18 @@ def test_bad_arguments():
         stack([skill, Skill({"a": (torch.ones(2, 8), torch.ones(7, 2))})])
     with pytest.raises(KeyError, match="none of the 1 skills has module 'c'"):
         core([skill], "c")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 12), st.sampled_from([0.0, 1e-12, 1e-8, 1e-5, 1e-2]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_thin_qr_is_exact_however_dependent_the_columns_are(seed, rows, columns, apart, zero):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    matrix = matrix[:, :1] + apart * matrix  # ever closer to one direction
+    matrix[:, 0] *= 1e6
+    if zero:
+        matrix[:, -1] = 0
+    q, r = orthonormal(matrix)
+    assert q.shape == (rows, min(rows, columns))
+    torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=torch.float64), rtol=0, atol=1e-12)
+    assert ((q @ r - matrix).norm(dim=0) <= 1e-13 * matrix.norm(dim=0)).all()

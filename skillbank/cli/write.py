@@ -84,7 +84,7 @@ def base(
 
 @app.command()
 def merge(
-    refs: Annotated[list[str], typer.Argument(help="Skills.", autocompletion=complete_ref)],
+    refs: Annotated[list[str], typer.Argument(help="Skills; with --to, folders of PEFT adapters.", autocompletion=complete_ref)],
     bank: BankOption = DEFAULT,
     method: Annotated[str, typer.Option(help="A name in the list of `skillbank methods`.")] = "stack",
     weights: Annotated[str | None, typer.Option(help="One per skill, such as .6,-.4; or {'pattern': weight} for one.")] = None,
@@ -93,12 +93,12 @@ def merge(
     budget: Annotated[int | None, typer.Option(help="Instead: this many over all modules.")] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="What else the method takes, such as density=0.3.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Its name in the bank; without one it is only looked at.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Instead: from folders of PEFT adapters to a folder, without a bank.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Merge skills to a new one, and tell what that does to them."""
-    from skillbank.recipe import merge_versions
-
-    store = Bank(bank)
+    if to is not None and output is not None:
+        raise ValueError("--to writes to a folder and --output to the bank: give one of them")
     if wrong := [each for each in option or [] if not re.fullmatch(r"\w+=.+", each)]:
         raise ValueError(f"--set {wrong[0]!r} sets nothing: write it as density=0.3")
     pairs = dict(each.split("=", 1) for each in option or [])
@@ -111,17 +111,32 @@ def merge(
     if not all(isinstance(each, int | float | dict) for each in values or []) or isinstance(values, str):
         raise ValueError(f"--weights {weights!r} are no numbers: write them as .6,-.4")
     try:
-        skill, card = merge_versions(refs, store, weights=values, method=method, **given)
+        if to is None:
+            made, certificate, names = _merged(Bank(bank), refs, output, values, method, given)
+        else:
+            from skillbank.exchange import merge_adapters
+
+            made, names = str(to), refs
+            certificate = merge_adapters(refs, to, weights=values, method=method, **given).to_dict()
     except TypeError as error_:
         raise ValueError(f"{method!r} cannot do with {given}: {error_}") from error_
-    ref = None if output is None else str(store.put(skill, output, card=card))
-    certificate = card["conf"]["certificate"]
     if json:
-        print_json({"ref": ref, "certificate": certificate})
+        print_json({"ref" if to is None else "folder": made, "certificate": certificate})
     else:
-        print_certificate(certificate, [str(store.resolve(each)) for each in refs])
-        if ref is not None:
-            typer.echo(ref)
+        print_certificate(certificate, names)
+        if made is not None:
+            typer.echo(made)
+
+
+def _merged(
+    store: Bank, refs: list[str], output: str | None, weights: Any, method: str, options: dict[str, Any]
+) -> tuple[str | None, dict[str, Any], list[str]]:
+    """Reference of the merge in the bank if it has a name there, its certificate, and the exact skills."""
+    from skillbank.recipe import merge_versions
+
+    skill, card = merge_versions(refs, store, weights=weights, method=method, **options)
+    ref = None if output is None else str(store.put(skill, output, card=card))
+    return ref, card["conf"]["certificate"], [str(store.resolve(each)) for each in refs]
 
 
 def _value(text: str) -> Any:
