@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from skillbank.attach import Folding, attach, detach, fold, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
-    from skillbank.exchange import export, import_adapter, merge_adapters
+    from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
     from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.learn import learn_weights
     from skillbank.load import check_base, load
-    from skillbank.merge import merge
+    from skillbank.merge import merge, merge_adapters
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
     from skillbank.search import duplicates, similar
@@ -36,13 +36,13 @@ _HOME = {
     "attach": ["Folding", "attach", "detach", "fold", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
-    "exchange": ["export", "import_adapter", "merge_adapters"],
+    "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
     "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "learn": ["learn_weights"],
     "load": ["check_base", "load"],
-    "merge": ["merge"],
+    "merge": ["merge", "merge_adapters"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
     "search": ["duplicates", "similar"],

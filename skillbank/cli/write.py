@@ -114,7 +114,7 @@ def merge(
         if to is None:
             made, certificate, names = _merged(Bank(bank), refs, output, values, method, given)
         else:
-            from skillbank.exchange import merge_adapters
+            from skillbank.merge import merge_adapters
 
             made, names = str(to), refs
             certificate = merge_adapters(refs, to, weights=values, method=method, **given).to_dict()
