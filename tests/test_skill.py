@@ -200,4 +200,4 @@ def test_thin_qr_is_exact_however_dependent_the_columns_are(seed, rows, columns,
     q, r = orthonormal(matrix)
     assert q.shape == (rows, min(rows, columns))
     torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=torch.float64), rtol=0, atol=1e-12)
-    assert ((q @ r - matrix).norm(dim=0) <= 1e-13 * matrix.norm(dim=0)).all()
+    assert ((q @ r - matrix).norm(dim=0) <= 1e-12 * matrix.norm(dim=0)).all()

@@ -110,11 +110,13 @@ def _cut(waiting: Mapping[str, tuple[Part, Merged]], asked: Mapping[str, Any], m
 
 
 def _check_together(skills: Sequence[Skill]) -> None:
-    devices = {str(half.device) for skill in skills for pair in skill.factors.values() for half in pair}
+    devices: set[str] = set()
+    for module in modules_of(skills):
+        pairs = [skill[module] for skill in skills if module in skill]
+        devices.update(str(half.device) for pair in pairs for half in pair)
+        check_shapes(module, pairs)
     if len(devices) > 1:
         raise ValueError(f"the skills are on different devices {sorted(devices)}: move them with skill.to(device)")
-    for module in modules_of(skills):
-        check_shapes(module, [skill[module] for skill in skills if module in skill])
 
 
 def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float]] | Tensor) -> dict[str, tuple[float, ...]]:

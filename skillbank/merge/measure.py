@@ -57,9 +57,10 @@ class Measured:
         total = part.deltas.sum(0)
         a, b = (half.to(flat) for half in pair)
         rounding = resolution(promote(pair)) * math.sqrt(float(products.trace()))
-        self.norms[part.module] = _distance(part.core, total, a.flatten(1), b), float(total.norm()), rounding
+        gram_a, gram_b, distance = _compared(part.core, total, a.flatten(1), b)
+        self.norms[part.module] = distance, float(total.norm()), rounding
         self.ranks[part.module] = len(a)
-        self.effective[part.module] = _effective_rank(a.flatten(1), b)
+        self.effective[part.module] = _effective_rank(gram_a, gram_b)
 
     def certificate(self, method: str) -> Certificate:
         """Return what all modules together say."""
@@ -80,19 +81,21 @@ class Measured:
         )
 
 
-def _distance(bases: Core, total: Tensor, a: Tensor, b: Tensor) -> float:
-    """`||Q_B C Q_A^T - B A||_F`, from what of B A lies within the bases and from what does not, which are orthogonal."""
+def _compared(bases: Core, total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    """`A A^T`, `B^T B` and `||Q_B C Q_A^T - B A||_F`, from what of B A lies within the bases and from what does not, which are orthogonal."""
     left, right = bases.left.mT @ b, a @ bases.right
     out_b, out_a = b - bases.left @ left, a - right @ bases.right.mT
-    outside = ((out_b.mT @ out_b) * (a @ a.mT)).sum() + ((left.mT @ left) * (out_a @ out_a.mT)).sum()
-    return float(((total - left @ right).square().sum() + outside.clamp_min(0)).sqrt())
+    gram_left, gone_b, gone_a = left.mT @ left, out_b.mT @ out_b, out_a @ out_a.mT
+    gram_a = right @ right.mT + gone_a
+    outside = (gone_b * gram_a).sum() + (gram_left * gone_a).sum()
+    return gram_a, gram_left + gone_b, float(((total - left @ right).square().sum() + outside.clamp_min(0)).sqrt())
 
 
-def _effective_rank(a: Tensor, b: Tensor) -> float:
+def _effective_rank(gram_a: Tensor, gram_b: Tensor) -> float:
     """Exponential of the entropy of the singular values of B A (Roy and Vetterli, 2007); 0 for a delta that is zero."""
-    values, vectors = torch.linalg.eigh(b.mT @ b)
+    values, vectors = torch.linalg.eigh(gram_b)
     half = vectors * values.clamp_min(0).sqrt()
-    singular = torch.linalg.eigvalsh(half.mT @ (a @ a.mT) @ half).clamp_min(0).sqrt()
+    singular = torch.linalg.eigvalsh(half.mT @ gram_a @ half).clamp_min(0).sqrt()
     if not singular.sum():
         return 0.0
     shares = singular[singular > 0] / singular.sum()
