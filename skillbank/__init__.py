@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.learn import learn_weights
     from skillbank.load import check_base, load
-    from skillbank.merge import merge, merge_adapters
+    from skillbank.merge import dense_merge, merge, merge_adapters
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
     from skillbank.search import duplicates, similar
@@ -42,7 +42,7 @@ _HOME = {
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "learn": ["learn_weights"],
     "load": ["check_base", "load"],
-    "merge": ["merge", "merge_adapters"],
+    "merge": ["dense_merge", "merge", "merge_adapters"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
     "search": ["duplicates", "similar"],
@@ -68,6 +68,7 @@ __all__ = [
     "check_base",
     "check_model",
     "cosine",
+    "dense_merge",
     "detach",
     "distance",
     "duplicates",

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from skillbank.skill import Factor, Skill
+from skillbank.skill import Deltas, Factor, Skill
 
 __all__ = ["Folding", "attach", "base_weights", "channel_layers", "check_fit", "delta_like", "detach", "fold", "fresh", "mark", "read"]
 
@@ -79,8 +79,8 @@ def attach(net: nn.Module, skill: Skill) -> None:
 
 
 @torch.no_grad()
-def fold(net: nn.Module, skill: Skill) -> None:
-    """Add the skill's deltas into the base's weights, in place and for good: a skill that is trained now stands on this one.
+def fold(net: nn.Module, skill: Deltas) -> None:
+    """Add the deltas of a skill, or of a `dense_merge`, into the base's weights, in place and for good: what is trained now stands on them.
 
     Sums are in float32 or better and rounded once. `Folding` takes a skill out again.
 
@@ -108,7 +108,7 @@ class Folding:
         self._kept: dict[str, Tensor] = {}
         self._folded: dict[str, nn.Module] = {}
 
-    def set(self, skill: Skill) -> None:
+    def set(self, skill: Deltas) -> None:
         """Fold this skill in, instead of the one before; a ValueError, as from `fold`, leaves the one before."""
         layers = _foldable(self.net, skill)
         self.clear()
@@ -135,14 +135,13 @@ class Folding:
         self.clear()
 
 
-def delta_like(layer: nn.Module, skill: Skill, module: str) -> Tensor:
+def delta_like(layer: nn.Module, deltas: Deltas, module: str) -> Tensor:
     """Dense delta of a module as its layer stores weights, in float32 or better."""
-    dtype = torch.promote_types(skill[module][0].dtype, torch.float32)
-    delta = skill.part([module]).to(dtype=dtype).delta(module)
+    delta = deltas.delta(module, torch.float32)
     return delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta
 
 
-def _foldable(net: nn.Module, skill: Skill) -> dict[str, nn.Module]:
+def _foldable(net: nn.Module, skill: Deltas) -> dict[str, nn.Module]:
     """Layers that a skill is added to."""
     check_fit(net, skill)
     plain = _plain_modules(net)
@@ -160,7 +159,7 @@ def _foldable(net: nn.Module, skill: Skill) -> dict[str, nn.Module]:
     return layers
 
 
-def _add(layer: nn.Module, base: Tensor, skill: Skill, module: str) -> None:
+def _add(layer: nn.Module, base: Tensor, skill: Deltas, module: str) -> None:
     delta = delta_like(layer, skill, module).to(base.device)
     with torch.no_grad():
         _weight(layer).copy_(base.to(torch.promote_types(base.dtype, delta.dtype)) + delta)
@@ -226,14 +225,14 @@ def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def check_fit(net: nn.Module, skill: Skill) -> None:
+def check_fit(net: nn.Module, skill: Deltas) -> None:
     """Check that a net has all modules of a skill, in its sizes; a ValueError names the first that does not fit."""
     modules = _plain_modules(net)
-    for name, (a, b) in skill.factors.items():
+    for name in skill:
         if name not in modules:
             raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
         _check_layer(name, modules[name])
-        expected, found = _layer_sizes(modules[name]), (b.shape[0], tuple(a.shape[1:]))
+        expected, found = _layer_sizes(modules[name]), skill.size(name)
         if expected != found:
             raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
         if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import check_fit, delta_like
-from skillbank.skill import Skill
+from skillbank.skill import Deltas
 from skillbank.tensors import load_tensors, save_tensors, whole_folder
 
 __all__ = ["COMPANIONS", "fold_checkpoint", "skeleton", "weight_files"]
@@ -44,7 +44,7 @@ def skeleton(folder: Path) -> nn.Module:
     return made
 
 
-def fold_checkpoint(source: str | Path, skill: Skill, folder: str | Path) -> None:
+def fold_checkpoint(source: str | Path, skill: Deltas, folder: str | Path) -> None:
     """Write a complete Hugging Face folder: the weights files of `source` with the skill's deltas added, and its other files as they are.
 
     Left out are folders in it, hidden files, and the same weights in other forms.
@@ -54,7 +54,7 @@ def fold_checkpoint(source: str | Path, skill: Skill, folder: str | Path) -> Non
 
     Args:
         source: folder with `config.json` and safetensors files.
-        skill: for the model that the folder holds.
+        skill: for the model that the folder holds; or a `dense_merge` of skills, whose deltas are made when their turn comes.
         folder: must not be there yet, or be empty.
 
     Raises:
@@ -107,7 +107,7 @@ def _is_companion(name: str) -> bool:
     return name == _INDEX or not (name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")))
 
 
-def _places(net: nn.Module, skill: Skill, there: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[str, str | None]], bool]:
+def _places(net: nn.Module, skill: Deltas, there: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, tuple[str, str | None]], bool]:
     """Which module changes which tensor of the files; tensors to be written beside them, from which and changed by which module; and any ties cut."""
     prefix = f"{getattr(net, 'base_model_prefix', '')}."
     tied: dict[int, list[str]] = {}
@@ -132,7 +132,7 @@ def _places(net: nn.Module, skill: Skill, there: Mapping[str, Path]) -> tuple[di
     return at, copies, untied
 
 
-def _changed(net: nn.Module, skill: Skill, module: str | None, key: str, weight: Tensor) -> Tensor:
+def _changed(net: nn.Module, skill: Deltas, module: str | None, key: str, weight: Tensor) -> Tensor:
     if module is None:
         return weight
     if not weight.is_floating_point() or weight.element_size() < 2:

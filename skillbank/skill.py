@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from skillbank.certificate import Certificate
 from skillbank.core import Core, Factor, check_cut, core_of, cut, promote, side_by_side
 
-__all__ = ["Factor", "Lazy", "Skill", "core", "cosine", "cosines", "digest", "distance", "gram", "modules_of", "stack", "truncate"]
+__all__ = ["Deltas", "Factor", "Lazy", "Skill", "core", "cosine", "cosines", "digest", "distance", "gram", "modules_of", "stack", "truncate"]
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -35,6 +36,26 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+class Deltas(Protocol):
+    """What can be added to a net's weights: a `Skill`, or a merge that has no low rank."""
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Modules that are `nn.Embedding` layers."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Module paths."""
+
+    def __contains__(self, module: object) -> bool:
+        """Whether `module` changes."""
+
+    def size(self, module: str) -> tuple[int, tuple[int, ...]]:
+        """(O, (I, *kernel)) of the layer."""
+
+    def delta(self, module: str, least: torch.dtype | None = None) -> Tensor:
+        """Dense change of the weight, (O, I, *kernel)."""
 
 
 class Lazy(Mapping[str, Factor]):
@@ -152,10 +173,16 @@ class Skill:
         """Flat `{module.A, module.B}` view of the factors."""
         return {f"{name}.{letter}": tensor for name, pair in self.factors.items() for letter, tensor in zip("AB", pair, strict=True)}
 
-    def delta(self, module: str) -> Tensor:
-        """Dense change of the weight, (O, I, *kernel): for looking at, never on a hot path."""
+    def size(self, module: str) -> tuple[int, tuple[int, ...]]:
+        """(O, (I, *kernel)) of the layer."""
+        a, b = self[module]
+        return b.shape[0], tuple(a.shape[1:])
+
+    def delta(self, module: str, least: torch.dtype | None = None) -> Tensor:
+        """Dense change of the weight, (O, I, *kernel), in a dtype that holds the factors and `least`: never on a hot path."""
         a, b = self[module]
         dtype = promote([a, b])
+        dtype = dtype if least is None else torch.promote_types(dtype, least)
         a, b = a.to(dtype), b.to(dtype)
         return (b @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 

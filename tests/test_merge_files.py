@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from skillbank import cli, merge, merge_adapters, read_adapter
+from skillbank import Folding, cli, dense_merge, merge, merge_adapters, read_adapter
 from skillbank.adapter import CONFIG_FILE, WEIGHTS_FILE
 from skillbank.skill import Lazy
 from tests.test_adapter import IDS, SIZES, Tower
@@ -61,6 +61,26 @@ def test_a_lazy_skill_is_the_skill(adapters):
     assert "nowhere" not in lazy
     with pytest.raises(KeyError, match="the skill has no module 'nowhere'"):
         lazy["nowhere"]
+
+
+def test_a_dense_merge_is_folded_in_and_taken_out(adapters):
+    skills = [read_adapter(source) for source in adapters[0]]
+    dense = dense_merge(skills, [0.7, -0.4], "magnitude", density=0.3)
+    tower, folded = Tower(), Tower()
+    with Folding(folded) as folding:
+        folding.set(dense)
+        with torch.no_grad():
+            changed = {name: weight - tower.state_dict()[name] for name, weight in folded.state_dict().items()}
+    assert all(torch.equal(weight, tower.state_dict()[name]) for name, weight in folded.state_dict().items())
+    for name in dense:
+        weighted = torch.stack([weight * skill.delta(name) for weight, skill in zip((0.7, -0.4), skills, strict=True)])
+        count = round(0.3 * weighted[0].numel())
+        least = weighted.abs().flatten(1).sort(descending=True).values[:, count - 1].reshape(2, *[1] * (weighted.dim() - 1))
+        expected = torch.where(weighted.abs() >= least, weighted, 0).sum(0)
+        turned = changed[f"{name}.weight"].mT if name in ("table", "turned") else changed[f"{name}.weight"]
+        torch.testing.assert_close(turned, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="nothing is cut from a dense merge, got rank=3"):
+        dense_merge(skills, rank=3)
 
 
 def test_nothing_half_written_is_left(adapters, tmp_path):

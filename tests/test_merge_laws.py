@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skillbank import Skill, merge
+from skillbank import Skill, dense_merge, merge
 from skillbank.merge import LAWS, METHODS
 from tests.test_skill import SHAPES, close, dense, flat, make
 
@@ -111,6 +111,19 @@ def test_negative_weights_are_right_or_refused(method, seed):
 
 
 # Oracles: the same formulas on dense float64 matrices.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dense_merge_is_the_merge_before_it_is_cut(method):
+    skills = skills_for(method, 3)
+    weights = weights_for(len(skills), 3)
+    options = {"grams": [gram_of(k) for k in range(len(skills))]} if method == "regmean" else {}
+    dense = dense_merge(skills, weights, method, **options)
+    merged = merge(skills, weights, method, **options, **EXACT.get(method, {}))
+    assert list(dense) == list(merged)
+    for name in merged:
+        assert dense.size(name) == merged.size(name)
+        close(dense.delta(name), merged.delta(name), 1e-9)
 
 
 def matrices(skills, name):

@@ -10,13 +10,27 @@ from typing import Any
 from torch import Tensor
 
 from skillbank.certificate import Certificate
-from skillbank.merge.engine import Merging
+from skillbank.merge.engine import Dense, Merging
 from skillbank.merge.files import merge_adapters
 from skillbank.merge.lift import Merged, Part
-from skillbank.merge.registry import LAWS, METHODS, Entry, Method, described, method
+from skillbank.merge.registry import CUTS, LAWS, METHODS, Entry, Method, described, method
 from skillbank.skill import Skill
 
-__all__ = ["LAWS", "METHODS", "Certificate", "Entry", "Merged", "Merging", "Method", "Part", "described", "merge", "merge_adapters", "method"]
+__all__ = [
+    "LAWS",
+    "METHODS",
+    "Certificate",
+    "Entry",
+    "Merged",
+    "Merging",
+    "Method",
+    "Part",
+    "dense_merge",
+    "described",
+    "merge",
+    "merge_adapters",
+    "method",
+]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
@@ -46,3 +60,22 @@ def merge(
         raise ValueError("all weights are 0 where the skills have modules, so that nothing is left: give one of them another weight")
     embeddings = frozenset[str]().union(*(skill.embeddings for skill in skills))
     return Skill(factors, embeddings & set(factors), merging.certificate())
+
+
+def dense_merge(
+    skills: Sequence[Skill], weights: Sequence[float | Mapping[str, float]] | Tensor | None = None, method: str | Method = "ties", **options: Any
+) -> Dense:
+    """Merge skills to be added straight into the weights of a net: what `merge` fits to a low rank, exactly and with nothing cut.
+
+    For `fold`, `Folding` and `fold_checkpoint`, in place of a skill. Deltas are made when they are looked at, so that one module is in memory.
+
+    Args:
+        skills: as in `merge`, which also says what is raised.
+        weights: as in `merge`.
+        method: as in `merge`.
+        options: what the method takes of its own, no rank, error or budget.
+
+    """
+    if asked := sorted(set(options) & set(CUTS)):
+        raise ValueError(f"nothing is cut from a dense merge, got {asked[0]}={options[asked[0]]}: leave it out, or merge")
+    return Dense(Merging.of(skills, weights, method, options))

@@ -33,8 +33,10 @@ def on_entries(function: Callable[..., Combine]) -> Method:
     """
 
     @wraps(function)
-    def lifted(part: Part, **options: Any) -> Merged:
+    def lifted(part: Part, **options: Any) -> Merged | Tensor:
         tiles = _tiles(part)
+        if part.dense:
+            return _rows(tiles, function(tiles, **options))
         rank = min(tiles.shape) if part.most == 0 else part.most or sum(len(a) for a, _ in part.there)
         return fitted(tiles, function(tiles, **options), rank, part.there[0][0].shape[1:])
 
@@ -65,8 +67,7 @@ def fitted(tiles: Tiles, combine: Combine, rank: int, shape: torch.Size) -> Merg
 
     """
     if 4 * (rank + _MORE) >= min(tiles.shape):
-        dense = torch.cat([combine(tile, number) for number, tile in enumerate(tiles)])
-        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        u, s, vh = torch.linalg.svd(_rows(tiles, combine), full_matrices=False)
         return Merged(Core(u[:, :rank], vh[:rank].mT, s[None, :rank].diag_embed(), shape), s[:rank].diag(), float(s.norm()))
     right = torch.randn(tiles.shape[1], rank + _MORE, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(tiles.pairs[0][0])
     square = 0.0
@@ -99,5 +100,8 @@ def combined(deltas: Tensor, module: str, name: str, options: Mapping[str, Any] 
         return deltas[0]
     noise = 16 * torch.finfo(deltas.dtype).eps * deltas.abs().amax()
     tiles = DenseTiles(module=module, deltas=torch.where(deltas.abs() > noise, deltas, 0))  # what is rounding has no sign
-    combine = inner(tiles, **(options or {}))
+    return _rows(tiles, inner(tiles, **(options or {})))
+
+
+def _rows(tiles: Tiles, combine: Combine) -> Tensor:
     return torch.cat([combine(tile, number) for number, tile in enumerate(tiles)])

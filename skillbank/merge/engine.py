@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +18,7 @@ from skillbank.merge.measure import Measured
 from skillbank.merge.registry import CUTS, Entry, Method, check_options, find
 from skillbank.skill import Skill, modules_of
 
-__all__ = ["Merging"]
+__all__ = ["Dense", "Merging"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Merging:
                 self.measured.absent(module)
                 continue
             found = self.entry.function(part, **own)
+            assert not isinstance(found, Tensor)
             if not isinstance(found, Merged):
                 self.measured.add(part, found)
                 yield module, found
@@ -91,9 +92,56 @@ class Merging:
             yield from _cut(waiting, asked, self.measured)
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A merge before anything is cut from it: dense deltas, made module by module when they are looked at.
+
+    Args:
+        merging: the merge.
+
+    """
+
+    merging: Merging
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Modules that are `nn.Embedding` layers."""
+        return frozenset[str]().union(*(skill.embeddings for skill in self.merging.skills)) & set(self)
+
+    def __iter__(self) -> Iterator[str]:
+        """Module paths that a skill at another weight than 0 has."""
+        return (module for module in self.merging.at if module in self)
+
+    def __contains__(self, module: object) -> bool:
+        """Whether `module` changes."""
+        weights = self.merging.at.get(str(module), ())
+        return any(module in self.merging.skills[k] for k in _places(weights))
+
+    def size(self, module: str) -> tuple[int, tuple[int, ...]]:
+        """(O, (I, *kernel)) of the layer."""
+        return next(skill for skill in self.merging.skills if module in skill).size(module)
+
+    def delta(self, module: str, least: torch.dtype | None = None) -> Tensor:
+        """Dense change of the weight, (O, I, *kernel), in a dtype that holds the factors and `least`."""
+        part = _part(self.merging.skills, module, self.merging.at[module], 0)
+        assert part is not None
+        found = self.merging.entry.function(replace(part, dense=True), **self.merging.options)
+        if isinstance(found, Merged):
+            dense = found.bases.left @ found.matrix @ found.bases.right.mT
+        else:
+            dense = found if isinstance(found, Tensor) else found[1] @ found[0].flatten(1)
+        size, inner = self.size(module)
+        return dense.reshape(size, *inner).to(part.dtype if least is None else torch.promote_types(part.dtype, least))
+
+
+def _places(weights: Sequence[float]) -> list[int]:
+    """Skills at another weight than 0, or all where there is none."""
+    return [k for k, weight in enumerate(weights) if weight != 0] or [*range(len(weights))]
+
+
 def _part(skills: Sequence[Skill], module: str, weights: tuple[float, ...], most: int | None) -> Part | None:
     """Of the skills at another weight than 0, or of all where there is none; None where none of them has the module."""
-    places = [k for k, weight in enumerate(weights) if weight != 0] or [*range(len(skills))]
+    places = _places(weights)
     factors = [skills[k].factors.get(module) for k in places]
     chosen = torch.tensor([weights[k] for k in places], dtype=torch.float64)
     return Part(module, factors, chosen, places, most) if any(pair is not None for pair in factors) else None

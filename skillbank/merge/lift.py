@@ -43,6 +43,7 @@ class Part:
         weights: (K,) float64.
         places: where the K skills stand among those that the user gave.
         most: highest rank that is asked for; None where that is for the method to say, 0 where all ranks are needed.
+        dense: what is asked for is the dense delta (O, I') itself, by a method whose result is dense.
 
     """
 
@@ -51,6 +52,7 @@ class Part:
     weights: Tensor
     places: Sequence[int]
     most: int | None = None
+    dense: bool = False
 
     @property
     def there(self) -> list[Factor]:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from skillbank.core import Factor
     from skillbank.merge.lift import Merged
 
 __all__ = ["CUTS", "LAWS", "METHODS", "Entry", "Method", "check_options", "described", "find", "method"]
 
-Method = Callable[..., "Merged | Factor"]
-"""`method(part, **options)`: what becomes of one module, as `Merged`, which is then cut to a rank, or as factors (A, B), which stay as they are.
+Method = Callable[..., "Merged | Factor | Tensor"]
+"""`method(part, **options)`: what becomes of one module, as `Merged`, which is then cut to a rank, or as factors (A, B), which stay as they are; a
+dense delta (O, I') where that is asked for, see `Part`.
 
 Pure, exact on B @ A, independent of how the factors are stored.
 """
