@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from skillbank.merge.dense import Combine, on_entries
 from skillbank.merge.registry import method
@@ -27,21 +28,30 @@ def _share(name: str, value: float) -> float:
     return value
 
 
-def _largest(tiles: Tiles, share: float) -> Tensor:
-    """Least magnitude (K, 1, 1) of the largest `share` of every skill's entries."""
-    return tiles.quantile(torch.abs, share)[:, None, None] if share < 1 else torch.zeros(len(tiles), 1, 1)
+def _step(values: Tensor) -> Tensor:
+    """1 where a value is positive, else 0, as numbers: comparisons and `where` take several times as long."""
+    return values.sign().clamp_min_(0)
 
 
-def _agreeing(tile: Tensor) -> Tensor:
+def _largest(tiles: Tiles, share: float) -> Combine:
+    """The largest `share` of every skill's entries, the others 0."""
+    if share >= 1:
+        return lambda tile, _: tile
+    least = tiles.quantile(torch.abs, share)
+    below = torch.nextafter(least, torch.zeros_like(least)).tolist()
+    return lambda tile, _: torch.stack([hardshrink(each, value) for each, value in zip(tile, below, strict=True)])
+
+
+def _agreeing(tile: Tensor, shares: Tensor | float = 1.0) -> Tensor:
     """Mean over the skills of those entries whose sign is that of their sum; the disjoint mean of TIES."""
-    agrees = tile.sign() == tile.sum(0).sign()
-    agrees &= tile != 0
-    return (tile * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+    sign = tile.sum(0).sign()
+    agreeing = (tile * sign).clamp_min_(0)
+    parts = (agreeing.sign() * shares).sum(0)
+    return sign * (agreeing * shares).sum(0) / (parts + (1 - parts.sign()))  # by 1 where there are none
 
 
 def _trimmed(tiles: Tiles, density: float) -> Combine:
-    least = _largest(tiles, _share("density", density))
-    return lambda tile, _: torch.where(tile.abs() >= least.to(tile), tile, 0)
+    return _largest(tiles, _share("density", density))
 
 
 @method("magnitude", breaks=_CUT)
@@ -76,7 +86,7 @@ def ties(tiles: Tiles, *, density: float = 0.2) -> Combine:
 
 def _dropped(tiles: Tiles, density: float, seed: int) -> Combine:
     keep = _share("density", density)
-    return lambda tile, number: torch.where(tiles.uniform(tile, number, seed) < keep, tile / keep, 0)
+    return lambda tile, number: tile / keep * _step(keep - tiles.uniform(tile, number, seed))
 
 
 @method("dare", breaks=_DRAWN)
@@ -117,8 +127,8 @@ def _magprune(tiles: Tiles, density: float, spread: float, seed: int) -> Combine
     def prune(tile: Tensor, number: int) -> Tensor:
         last = max(1, tile.shape[-1] - 1)
         place = tile.abs().argsort(-1).argsort(-1) / last
-        keep = density + spread * (2 * place - 1) if density < 1 else torch.ones_like(tile)
-        return torch.where(tiles.uniform(tile, number, seed) < keep, tile / keep.to(tile), 0)
+        keep = (density + spread * (2 * place - 1) if density < 1 else torch.ones_like(tile)).to(tile)
+        return tile / keep * _step(keep - tiles.uniform(tile, number, seed))
 
     return prune
 
@@ -161,14 +171,11 @@ def della_ties(tiles: Tiles, *, density: float = 0.5, spread: float = 0.2, seed:
 def _crumbs(tiles: Tiles, density: float, outliers: float) -> Combine:
     if not 0 <= outliers < 1 or not 0 < density <= 1 - outliers:
         raise ValueError(f"density and outliers are shares of the entries, at most 1 together, got {density} and {outliers}")
-    least = _largest(tiles, density + outliers)
-    most = _largest(tiles, outliers) if outliers else torch.full((len(tiles), 1, 1), torch.inf)
-
-    def crumbs(tile: Tensor, _: int) -> Tensor:
-        size = tile.abs()
-        return torch.where((size >= least.to(tile)) & (size < most.to(tile)), tile, 0)
-
-    return crumbs
+    large = _largest(tiles, density + outliers)
+    if not outliers:
+        return large
+    out = _largest(tiles, outliers)
+    return lambda tile, number: large(tile, number) - out(tile, number)
 
 
 @method("breadcrumbs", breaks=_CUT)
@@ -217,28 +224,28 @@ def sce(tiles: Tiles, *, density: float = 0.5) -> Combine:
     _share("density", density)
 
     def variance(tile: Tensor) -> Tensor:
-        return tile.var(0, correction=0)[None]
+        return (tile - tile.mean(0)).square_().mean(0, keepdim=True)
 
     least = tiles.quantile(variance, density) if len(tiles) > 1 and density < 1 else torch.zeros(1)
 
     def selected(tile: Tensor) -> Tensor:
-        return torch.where(variance(tile) >= least.to(tile), tile, 0)
+        return tile * (1 - _step(least.to(tile) - variance(tile)))
 
     energy = torch.stack([selected(tile).square().sum((1, 2)) for tile in tiles]).sum(0)[:, None, None]
 
-    def combine(tile: Tensor, _: int) -> Tensor:
-        chosen = selected(tile)
-        agrees = (chosen.sign() == chosen.sum(0).sign()) * energy
-        return (chosen * agrees).sum(0) / agrees.sum(0).clamp_min(torch.finfo(tile.dtype).tiny)
-
-    return combine
+    return lambda tile, _: _agreeing(selected(tile), energy)
 
 
 @method("magmax", weight=1.0)
 @on_entries
 def magmax(tiles: Tiles) -> Combine:
-    """Of every entry the weighted delta that is largest in magnitude. arXiv 2407.06322."""
-    return lambda tile, _: tile.gather(0, tile.abs().argmax(0, keepdim=True))[0]
+    """Of every entry the weighted delta that is largest in magnitude, the positive one of two that are equal. arXiv 2407.06322."""
+
+    def combine(tile: Tensor, _: int) -> Tensor:
+        high, low = tile.amax(0), tile.amin(0)
+        return torch.maximum(high, -low).copysign(high + low)
+
+    return combine
 
 
 @method("emr", weight=1.0)
@@ -270,7 +277,8 @@ def consensus(tiles: Tiles, *, threshold: float = 1.0, votes: int = 2) -> Combin
 
     def combine(tile: Tensor, _: int) -> Tensor:
         total = tile.sum(0)
-        return torch.where((tile.abs() >= threshold * (total - tile).abs()).sum(0) >= least, total, 0)
+        votes = (1 - _step(threshold * (total - tile).abs() - tile.abs())).sum(0)
+        return total * (votes - (least - 1)).clamp_(0, 1)
 
     return combine
 
@@ -288,7 +296,7 @@ def tall_mask(tiles: Tiles, *, threshold: float = 1.0) -> Combine:
 
     def combine(tile: Tensor, _: int) -> Tensor:
         total = tile.sum(0)
-        return torch.where(tile[0].abs() >= threshold * (total - tile[0]).abs(), total, 0)
+        return total * (1 - _step(threshold * (total - tile[0]).abs() - tile[0].abs()))
 
     return combine
 

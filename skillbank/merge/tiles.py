@@ -13,7 +13,7 @@ from skillbank.core import Factor
 
 __all__ = ["DenseTiles", "Tiles"]
 
-_ENTRIES = 2**20
+_ENTRIES = 2**17
 """Of one skill in a tile."""
 _SAMPLE = 256
 
@@ -84,17 +84,19 @@ class Tiles:
 
     def _between(self, score: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, count: int, found: Tensor) -> Tensor:
         """Largest score but `count - 1`, for those that it lies in [low, high] for."""
-        above = torch.zeros(len(low), dtype=torch.long, device=low.device)
+        above = [0] * len(low)
         inside: list[list[Tensor]] = [[] for _ in low]
+        least = low.clamp_min(torch.finfo(low.dtype).smallest_normal)
         for tile in self:
             scores = score(tile).flatten(1)
-            above += (scores > high[:, None]).sum(1)
-            within = (scores >= low[:, None]) & (scores <= high[:, None]) & (scores > 0)
-            for each, values, mask in zip(inside, scores, within, strict=True):
-                each.append(values[mask])
+            higher = scores > high[:, None]
+            within = (scores >= least[:, None]) ^ higher
+            for i, (values, mask, more) in enumerate(zip(scores, within, higher, strict=True)):
+                inside[i].append(values[mask])
+                above[i] += int(more.count_nonzero())
         found = found.clone()
         for i, parts in enumerate(inside):
-            values, place = torch.cat(parts), count - int(above[i])
+            values, place = torch.cat(parts), count - above[i]
             if 1 <= place <= len(values):
                 found[i] = values.kthvalue(len(values) - place + 1).values
             elif place > len(values) and low[i] == 0:
