@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def entries(parts: list[sb.Skill]) -> Tensor:
     return torch.cat([tile.sum(0) for tile in Tiles([part["layer"] for part in parts])])
 
 
+def merged(parts: list[sb.Skill], method: str, options: dict[str, Any]) -> Tensor:
+    """Dense merge."""
+    return sb.dense_merge(parts, [1.0] * len(parts), method, **options).delta("layer")
+
+
 def rows(width: int, repeats: int) -> list[dict[str, Any]]:
     """Values of the table, a method each."""
     parts = skills(4, 16, width)
@@ -86,12 +92,12 @@ def rows(width: int, repeats: int) -> list[dict[str, Any]]:
     found = []
     for method, options in METHODS.items():
         runs: dict[str, Callable[[], Tensor]] = {
-            "merge": lambda method=method, options=options: sb.dense_merge(parts, [1.0] * 4, method, **options).delta("layer"),
-            "pass": lambda: deltas.sum(0),
-            "entries": lambda: entries(parts),
+            "merge": partial(merged, parts, method, options),
+            "pass": partial(torch.sum, deltas, 0),
+            "entries": partial(entries, parts),
         }
         if method in DENSE:
-            runs["dense"] = lambda method=method: DENSE[method](deltas)
+            runs["dense"] = partial(DENSE[method], deltas)
         times: dict[str, list[float]] = {name: [] for name in runs}
         most = 0.0
         for turn in range(repeats + 1):

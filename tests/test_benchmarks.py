@@ -40,6 +40,21 @@ def test_merging_beside_its_peers():
     assert float(dict(zip(header, row, strict=True))["ours, error"]) == pytest.approx(1, abs=0.01)
 
 
+def rows_of(done):
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|"))
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_merging_files_entries_and_folding():
+    files = rows_of(run("benchmarks.merge_files", "--quick", "--threads", "1"))
+    assert [row["method"] for row in files][:2] == ["stack", "svd, rank 16"]
+    assert all(float(row["written, MB"]) > 0.05 for row in files)
+    entries = rows_of(run("benchmarks.merge_entries", "--quick", "--threads", "1"))
+    assert {"ties", "magmax", "dare"} <= {row["method"] for row in entries}
+    folding = rows_of(run("benchmarks.folding", "--quick"))
+    assert [(row[""], row["changed"], row["drift"]) for row in folding if row[""] == "ours"] == [("ours", "0.0%", "0")] * 2
+
+
 def test_merges_are_what_they_promise_or_refused(tmp_path):
     done = run("benchmarks.merge_correctness", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr[-2000:]
