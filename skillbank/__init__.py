@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from skillbank.recipe import rebuild
     from skillbank.search import duplicates, similar
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
+    from skillbank.statistics import fisher_factors, input_grams
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOME = {
     "recipe": ["rebuild"],
     "search": ["duplicates", "similar"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
+    "statistics": ["fisher_factors", "input_grams"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -73,12 +75,14 @@ __all__ = [
     "distance",
     "duplicates",
     "export",
+    "fisher_factors",
     "fit",
     "fold",
     "fresh",
     "gram",
     "grow",
     "import_adapter",
+    "input_grams",
     "learn_weights",
     "load",
     "log_artifacts",

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skillbank.skill import Deltas, Factor, Skill
 
-__all__ = ["Folding", "attach", "base_weights", "channel_layers", "check_fit", "delta_like", "detach", "fold", "fresh", "mark", "read"]
+__all__ = ["Folding", "attach", "base_weights", "channel_layers", "check_fit", "delta_like", "detach", "fold", "fresh", "is_linear", "mark", "read"]
 
 ADAPTER = "default"
 MARK = "_skillbank_mark"
@@ -133,6 +133,11 @@ class Folding:
     def __exit__(self, *_: object) -> None:
         """Take the skill out."""
         self.clear()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer, or the base of a layer that a skill is on, is a linear one: `nn.Linear`, or `Conv1D` of transformers."""
+    return isinstance(getattr(layer, "base_layer", layer), nn.Linear | Conv1D)
 
 
 def delta_like(layer: nn.Module, deltas: Deltas, module: str) -> Tensor:

@@ -20,7 +20,23 @@ FILES = {
 }
 
 ORDER = [
-    *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "model", "merge", "bank", "gate", "load"),
+    *(
+        "words",
+        "certificate",
+        "tensors",
+        "core",
+        "skill",
+        "adapter",
+        "lints",
+        "formats",
+        "attach",
+        "model",
+        "statistics",
+        "merge",
+        "bank",
+        "gate",
+        "load",
+    ),
     *("shards", "exchange", "search", "artifacts"),
     *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]

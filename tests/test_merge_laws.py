@@ -10,7 +10,7 @@ from skillbank.merge import LAWS, METHODS
 from tests.test_skill import SHAPES, close, dense, flat, make
 
 PAIRS = {"slerp", "nuslerp", "nearswap"}
-ENTRIES = {name for name, entry in METHODS.items() if hasattr(entry.function, "entries")}
+ENTRIES = {"fisher", *(name for name, entry in METHODS.items() if hasattr(entry.function, "entries"))}
 RANDOM = {"dare", "dare_ties", "della", "della_ties"}
 EXACT = {"svd": {"error": 0.0}, **{name: {"rank": 99} for name in ENTRIES}}
 """Options that make a method exact, where its default cuts."""
@@ -35,9 +35,29 @@ def gram_of(seed):
     return {name: x @ x.mT for name, x in inputs.items()}
 
 
+def fisher_of(seed):
+    """Fisher factors, one pair per module, of a task of its own; some entries do not matter at all."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: (out, torch.Size(inner).numel()) for name, (out, inner) in SHAPES.items()}
+    return {
+        name: tuple(torch.randn(size, generator=generator, dtype=torch.float64).clamp_min(0) * 1e-9 for size in pair) for name, pair in sizes.items()
+    }
+
+
+NEEDS = {"regmean": ("grams", gram_of), "fisher": ("fishers", fisher_of)}
+"""Methods that need to know more of every skill's task."""
+
+
+def needed(method, skills):
+    """What belongs to the skills, whatever their places in the list."""
+    if method not in NEEDS:
+        return {}
+    key, make_one = NEEDS[method]
+    return {key: [make_one(round(1e6 * float(flat(skill).norm()))) for skill in skills]}
+
+
 def run(method, skills, weights, **options):
-    if method == "regmean":  # the inputs belong to the skill, whatever its place in the list
-        options["grams"] = [gram_of(round(1e6 * float(flat(skill).norm()))) for skill in skills]
+    options |= needed(method, skills)
     return merge(skills, weights, method=method, **{**EXACT.get(method, {}), **options})
 
 
@@ -117,7 +137,7 @@ def test_negative_weights_are_right_or_refused(method, seed):
 def test_a_dense_merge_is_the_merge_before_it_is_cut(method):
     skills = skills_for(method, 3)
     weights = weights_for(len(skills), 3)
-    options = {"grams": [gram_of(k) for k in range(len(skills))]} if method == "regmean" else {}
+    options = needed(method, skills)
     dense = dense_merge(skills, weights, method, **options)
     merged = merge(skills, weights, method, **options, **EXACT.get(method, {}))
     assert list(dense) == list(merged)
@@ -344,7 +364,7 @@ ORACLES = {
 
 
 def test_every_method_has_an_oracle():
-    assert {*ORACLES, *RANDOM, "regmean"} == set(METHODS)
+    assert {*ORACLES, *RANDOM, *NEEDS} == set(METHODS)
 
 
 @pytest.mark.parametrize("method", ORACLES)
@@ -368,6 +388,19 @@ def test_regmean_is_the_least_squares_solution(seed):
         sums = sum(w * g[name] for w, g in zip(weights, grams, strict=True))
         pulled = sum(w * d @ g[name] for w, d, g in zip(weights, matrices(skills, name), grams, strict=True))
         close(dense(merged, name).flatten(1), pulled @ torch.linalg.inv(sums), 1e-4)
+
+
+@given(seeds)
+@settings(max_examples=12, deadline=None)
+def test_fisher_is_the_mean_by_importance(seed):
+    skills = skills_for("fisher", seed)
+    weights, fishers = weights_for(3, seed), needed("fisher", skills)["fishers"]
+    merged = run("fisher", skills, weights)
+    for name in SHAPES:
+        factors = [[half + 1e-6 * half.mean() for half in each[name]] for each in fishers]
+        matters = torch.stack([w * torch.outer(*pair) for w, pair in zip(weights, factors, strict=True)])
+        expected = (matters * torch.stack(matrices(skills, name))).sum(0) / matters.sum(0)
+        close(matrices([merged], name)[0], expected, 1e-8)
 
 
 @pytest.mark.parametrize("method", RANDOM)

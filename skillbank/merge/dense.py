@@ -15,7 +15,7 @@ from skillbank.merge.lift import Merged, Part
 from skillbank.merge.registry import Method, check_options, find
 from skillbank.merge.tiles import DenseTiles, Tiles
 
-__all__ = ["Combine", "combined", "fitted", "on_entries"]
+__all__ = ["Combine", "combined", "fitted", "from_entries", "on_entries"]
 
 Combine = Callable[[Tensor, int], Tensor]
 """From tile (K, rows, I') and its number to the merged rows (rows, I')."""
@@ -34,14 +34,20 @@ def on_entries(function: Callable[..., Combine]) -> Method:
 
     @wraps(function)
     def lifted(part: Part, **options: Any) -> Merged | Tensor:
-        tiles = _tiles(part)
-        if part.dense:
-            return _rows(tiles, function(tiles, **options))
-        rank = min(tiles.shape) if part.most == 0 else part.most or sum(len(a) for a, _ in part.there)
-        return fitted(tiles, function(tiles, **options), rank, part.there[0][0].shape[1:])
+        return from_entries(part, lambda tiles: function(tiles, **options))
 
     vars(lifted)["entries"] = function
     return lifted
+
+
+def from_entries(part: Part, function: Callable[[Tiles], Combine]) -> Merged | Tensor:
+    """What an entrywise merge of a module comes to: dense where that is asked for, else fitted to a low rank."""
+    tiles = _tiles(part)
+    combine = function(tiles)
+    if part.dense:
+        return _rows(tiles, combine)
+    rank = min(tiles.shape) if part.most == 0 else part.most or sum(len(a) for a, _ in part.there)
+    return fitted(tiles, combine, rank, part.there[0][0].shape[1:])
 
 
 def _tiles(part: Part) -> Tiles:

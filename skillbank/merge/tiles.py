@@ -43,9 +43,13 @@ class Tiles:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Tiles (K, rows, I') from the first row to the last."""
-        step = max(1, _ENTRIES // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            yield self._block(slice(start, start + step), slice(None))
+        for start in range(0, self.shape[0], self.step):
+            yield self._block(slice(start, start + self.step), slice(None))
+
+    @property
+    def step(self) -> int:
+        """Rows of a tile; the last may have fewer."""
+        return max(1, _ENTRIES // self.shape[1])
 
     def quantile(self, score: Callable[[Tensor], Tensor], share: float) -> Tensor:
         """Least of the `share` largest scores, exactly: in one look at every entry where a sample brackets it well, in a few where not.
