@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skillbank.fit import fit, validation_loss
     from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
-    from skillbank.learn import learn_weights
+    from skillbank.learn import learn_weights, search_weights
     from skillbank.load import check_base, load
     from skillbank.merge import dense_merge, merge, merge_adapters
     from skillbank.model import Model, Task, check_model
@@ -41,7 +41,7 @@ _HOME = {
     "fit": ["fit", "validation_loss"],
     "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
-    "learn": ["learn_weights"],
+    "learn": ["learn_weights", "search_weights"],
     "load": ["check_base", "load"],
     "merge": ["dense_merge", "merge", "merge_adapters"],
     "model": ["Model", "Task", "check_model"],
@@ -92,6 +92,7 @@ __all__ = [
     "read_adapter",
     "read_lora",
     "rebuild",
+    "search_weights",
     "similar",
     "stack",
     "truncate",

@@ -1,8 +1,11 @@
-"""Merge weights learned from data: by gradient through the exact weighted sum, one per skill or one per skill and module."""
+"""Merge weights learned from data, on the exact weighted sum: by gradient, one per skill or one per skill and module, or by search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +16,7 @@ from skillbank.gate import Mixed, Mixture
 from skillbank.model import Batch, Batches, Model, ModelModule
 from skillbank.skill import Skill, modules_of
 
-__all__ = ["Weighted", "learn_weights"]
+__all__ = ["Weighted", "learn_weights", "search_weights"]
 
 Objective = Callable[[ModelModule, Batch], Tensor]
 
@@ -109,3 +112,72 @@ def learn_weights(
     weighted = Weighted(cast("nn.Module", model), skills, start=start, per_module=per_module, objective=objective)
     came_to = fit(weighted, batches, [weighted.weights], steps=steps, lr=lr, **{"weight_decay": 0.0, "ema": None, **options})
     return weighted.for_merge(), came_to
+
+
+def search_weights(
+    model: Model,
+    skills: Sequence[Skill],
+    batches: Iterable[Batch],
+    *,
+    evaluations: int = 40,
+    within: tuple[float, float] = (-1.5, 1.5),
+    penalty: float = 0.05,
+    objective: Objective | None = None,
+    optimizer: str = "NGOpt",
+    seed: int = 0,
+) -> tuple[list[float], list[float]]:
+    """Search for the weights of a merge without gradients, from no skill at all; what is evaluated is what `merge(skills, weights)` computes.
+
+    The idea of LoraHub (arXiv 2307.13269), which merges A and B apart; here on the exact sum. For objectives that have no gradient, or few skills.
+
+    Args:
+        model: the base; the skills are attached to it.
+        skills: K skills.
+        batches: of the task, all of them looked at in every evaluation.
+        evaluations: of the objective, the one at 0 first.
+        within: bounds of every weight.
+        penalty: of the mean absolute weight, added to the objective.
+        objective: from the model and a batch to what is minimised, (); default is the model's loss. It may draw random numbers, the same in every
+            evaluation.
+        optimizer: of nevergrad.
+        seed: of the search.
+
+    Returns:
+        Weights for `merge`, (K,), and the best value after every evaluation.
+
+    Raises:
+        ImportError: nevergrad is not installed.
+        ValueError: no batches, no evaluations, or an objective that is not finite at 0.
+
+    """
+    import nevergrad
+
+    looked_at = list(batches)
+    if not looked_at or evaluations < 1:
+        raise ValueError(f"a search needs batches and evaluations, got {len(looked_at)} and {evaluations}")
+    weighted = Weighted(cast("nn.Module", model), skills, start=[0.0] * len(skills), objective=objective)
+    device = weighted.weights.device
+
+    def value(weights: Sequence[float]) -> float:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            weighted.weights.copy_(torch.tensor([list(weights)]))
+            total = sum(float(weighted({key: each.to(device) for key, each in batch.items()})) for batch in looked_at)
+        return total / len(looked_at) + penalty * sum(map(abs, weights)) / len(skills)
+
+    space = nevergrad.p.Array(init=[0.0] * len(skills)).set_bounds(*within)
+    space.random_state.seed(seed)
+    search = nevergrad.optimizers.registry[optimizer](parametrization=space, budget=evaluations)
+    best: list[float] = [0.0] * len(skills)
+    trace: list[float] = []
+    search.suggest(best)
+    for turn in range(evaluations):
+        with warnings.catch_warnings(action="ignore"):  # what its optimisers say to each other
+            asked = search.ask()
+        found = value(asked.value.tolist())
+        if turn == 0 and not math.isfinite(found):
+            raise ValueError(f"the objective is {found} where all weights are 0: look at the base and the batches")
+        search.tell(asked, found if math.isfinite(found) else sys.float_info.max)
+        best, least = (asked.value.tolist(), found) if not trace or found < trace[-1] else (best, trace[-1])
+        trace.append(least)
+    return best, trace

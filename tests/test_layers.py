@@ -58,6 +58,7 @@ HOMES = {
     "h5py": {"tasks.demonstrations"},
     "huggingface_hub": {"bank.hub"},
     "hydra": {"recipe"},
+    "nevergrad": {"learn"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "minari": {"tasks.demonstrations"},

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from skillbank import attach, check_model, learn_weights, merge
+from skillbank import attach, check_model, learn_weights, merge, search_weights
 from skillbank.learn import Weighted
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
@@ -77,3 +77,26 @@ def test_bad_input():
     skills = family(policy)
     with pytest.raises(ValueError, match="got 2 weights for 3 skills"):
         learn_weights(policy, skills, batches, start=[1.0, 2.0])
+
+
+def test_weights_are_found_without_gradients():
+    policy = tiny_policy()
+    skills = family(policy)
+    objective = target(policy, skills, [0.8, 0.0, -0.5])
+    looked_at = [next(batches(seed)) for seed in range(2)]
+    weights, trace = search_weights(copy.deepcopy(policy), skills, looked_at, evaluations=150, penalty=0.0, objective=objective)
+    assert len(trace) == 150
+    assert trace == sorted(trace, reverse=True)
+    assert trace[-1] < 0.05 * trace[0]
+    assert weights == pytest.approx([0.8, 0.0, -0.5], abs=0.3)
+    again = search_weights(copy.deepcopy(policy), skills, looked_at, evaluations=20, penalty=0.0, objective=objective)
+    assert again[1] == search_weights(copy.deepcopy(policy), skills, looked_at, evaluations=20, penalty=0.0, objective=objective)[1]
+
+
+def test_a_search_that_cannot_be():
+    policy = tiny_policy()
+    skills = family(policy)
+    with pytest.raises(ValueError, match="a search needs batches and evaluations, got 0 and 40"):
+        search_weights(policy, skills, [])
+    with pytest.raises(ValueError, match="the objective is nan where all weights are 0"):
+        search_weights(policy, skills, [tiny_batch()], objective=lambda model, batch: torch.tensor(float("nan")))

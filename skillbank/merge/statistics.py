@@ -65,7 +65,7 @@ def fisher(part: Part, *, fishers: Sequence[Fisher] | None = None) -> Merged | T
     if fishers is None or len(fishers) <= part.places[-1]:
         raise ValueError(f"fisher needs the Fisher factors of every skill, got {len(fishers or ())}: give fishers=[...]")
     given = [fishers[place].get(part.module) for place in part.places]
-    shares(part.weights)
+    shares(part.weights)  # refuses what is no mean
     return from_entries(part, lambda tiles: _by_importance(tiles, [_checked(each, tiles) for each in given], part.weights))
 
 
