@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.learn import learn_weights, search_weights
     from skillbank.load import check_base, load
+    from skillbank.localise import Graft, graft
     from skillbank.merge import dense_merge, merge, merge_adapters
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
@@ -43,6 +44,7 @@ _HOME = {
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "learn": ["learn_weights", "search_weights"],
     "load": ["check_base", "load"],
+    "localise": ["Graft", "graft"],
     "merge": ["dense_merge", "merge", "merge_adapters"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
@@ -61,6 +63,7 @@ __all__ = [
     "Composition",
     "ConstantGate",
     "Folding",
+    "Graft",
     "MLPGate",
     "Model",
     "Ref",
@@ -79,6 +82,7 @@ __all__ = [
     "fit",
     "fold",
     "fresh",
+    "graft",
     "gram",
     "grow",
     "import_adapter",
