@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from skillbank.bank import Bank
+    from skillbank.certificate import Certificate
     from skillbank.tasks.control import ControlTask
 
 __all__ = ["Report", "markdown", "write_report"]
@@ -53,6 +54,7 @@ class Report:
         every: steps per frame.
         cosine: cosine of the skills' deltas, (K, K).
         losses: rows of the metrics file, with `step`, `loss` and sometimes `validation`.
+        certificate: of a merge; None for a gate.
 
     """
 
@@ -66,6 +68,7 @@ class Report:
     frames: NDArray[np.uint8] | None = None
     every: int = 10
     losses: Sequence[Mapping[str, float]] = field(default=())
+    certificate: Certificate | None = None
 
     def write(self, folder: Path) -> Path:
         """Write `report.html` (which needs nothing beside it), its figures as PNG and the video as GIF; returns the path of the HTML file."""
@@ -78,6 +81,8 @@ class Report:
         images["cosine.png"] = _png(self._similarity())
         if self.losses:
             images["loss.png"] = _png(self._loss())
+        if self.certificate is not None:
+            images["merge.png"] = _png(_merge(self.certificate))
         if self.frames is not None:
             images["episode.gif"] = _gif(self.frames)
         for name, data in images.items():
@@ -144,6 +149,24 @@ class Report:
         return figure
 
 
+def _merge(certificate: Certificate) -> Figure:
+    """Per module how far the merge is from the weighted sum, and how many directions it has and uses."""
+    names = list(certificate.errors)
+    figure = _figure(9, 1.2 + 0.24 * len(names))
+    error, rank = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(names))
+    error.barh(places, [min(certificate.errors[name], 2.0) for name in names], color=PALETTE[0])
+    error.axvline(certificate.error, color=INK, linewidth=0.8, linestyle="--")
+    error.set(xlabel="distance from the weighted sum, relative (line: in total)", xlim=(0, None))
+    error.set_yticks(places, names, fontsize=8)
+    error.invert_yaxis()
+    rank.barh(places, [certificate.ranks.get(name, 0) for name in names], color="#cbd2d9", label="rank")
+    rank.barh(places, [certificate.effective_ranks.get(name, 0.0) for name in names], height=0.4, color=PALETTE[1], label="effective rank")
+    rank.set(xlabel="directions")
+    rank.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+    return figure
+
+
 def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], folder: Path) -> Path:
     """Report of a composition in a bank: its first evaluation episode is run again and recorded.
 
@@ -160,12 +183,16 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
         Path of the HTML file.
 
     """
+    from skillbank.bank import Composition
     from skillbank.gate import Composed
     from skillbank.load import load, skills_on_base
+    from skillbank.merge import merge
     from skillbank.skill import cosine
 
-    card, model = bank.card(ref), load(ref, bank)
+    card, model, composition = bank.card(ref), load(ref, bank), bank.get(ref)
     names = [parent["ref"] for parent in card.parents]
+    skills = skills_on_base(bank, names)[2]
+    recipe = composition.merge if isinstance(composition, Composition) else None
     try:
         rollout = task.rollout(model, episodes=1, record=0)
     except Exception as error:  # whatever the OpenGL driver raises
@@ -183,12 +210,13 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
         rows=[*rows, {"row": ref} | {key: card.metrics[key] for key in rows[0] if key != "row"}],
         facts=_facts(bank, ref),
         skills=names,
-        cosine=cosine(skills_on_base(bank, names)[2]).numpy(),
+        cosine=cosine(skills).numpy(),
         weights=weights,
         rewards=episode.rewards,
         frames=episode.frames if len(episode.frames) else None,
         every=episode.every,
         losses=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else (),
+        certificate=None if recipe is None else merge(skills, **recipe).certificate,
     )
     return report.write(folder)
 
@@ -261,6 +289,8 @@ img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #627d9
 <figcaption>Cosine of the skills' weight changes: near 0 they do not meet, near -1 they cancel.</figcaption></figure>
 {% if images["loss.png"] %}<figure><img src="{{ images["loss.png"] }}" alt="loss curve">
 <figcaption>Training of the gate.</figcaption></figure>{% endif %}
+{% if images["merge.png"] %}<figure><img src="{{ images["merge.png"] }}" alt="certificate of the merge">
+<figcaption>What the merge did to every module.</figcaption></figure>{% endif %}
 </div>
 <h2>Made from</h2><dl>{% for key, text in facts.items() %}<dt>{{ key }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
 </body></html>

@@ -7,8 +7,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from skillbank import Skill, merge
 from skillbank.report import Report, markdown
 
 ROWS = [
@@ -112,3 +114,13 @@ def test_markdown():
         "| walker/run-from-stand-walk@1 <&> | 452    | 0.5        |",
     ]
     assert markdown([{"row": "a", "n": 3}, {"row": "b"}]).splitlines()[-2:] == ["| a   | 3 |", "| b   |   |"]
+
+
+def test_a_merge_shows_its_certificate(tmp_path):
+    skill = Skill({name: (torch.randn(3, 6), torch.randn(5, 3)) for name in ("blocks.0", "blocks.1")})
+    merged = merge([skill, skill.scaled(-0.5)], [1.0, 0.5], method="svd", rank=2)
+    path = report(weights=None, losses=(), certificate=merged.certificate).write(tmp_path)
+    assert 'alt="certificate of the merge"' in path.read_text()
+    with Image.open(tmp_path / "merge.png") as image:
+        assert image.width > 800
+    assert not (tmp_path / "loss.png").exists()
