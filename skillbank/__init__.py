@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from skillbank.merge import dense_merge, merge, merge_adapters
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
-    from skillbank.search import duplicates, similar
+    from skillbank.search import duplicates, overlap, similar
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
 
@@ -48,7 +48,7 @@ _HOME = {
     "merge": ["dense_merge", "merge", "merge_adapters"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
-    "search": ["duplicates", "similar"],
+    "search": ["duplicates", "overlap", "similar"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
 }
@@ -92,6 +92,7 @@ __all__ = [
     "log_artifacts",
     "merge",
     "merge_adapters",
+    "overlap",
     "read",
     "read_adapter",
     "read_lora",
