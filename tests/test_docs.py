@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,10 @@ def test_the_table_of_merge_methods_is_the_one_that_they_tell():
     assert len(rows) >= 25
     yamls = {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
     assert yamls == set(METHODS) - {"fisher", "regmean"}  # which need statistics of the tasks
+
+
+@pytest.mark.parametrize("name", ["merge", "merge_files", "merge_entries", "merge_quality", "folding"])
+def test_the_page_on_merging_shows_what_is_stored(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--from-results"])
+    import_module(f"benchmarks.{name}").main()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/merge.md").read_text()
