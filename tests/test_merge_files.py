@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from skillbank import Folding, cli, dense_merge, merge, merge_adapters, read_adapter
+from skillbank import Folding, cli, dense_merge, fold, merge, merge_adapters, read_adapter
 from skillbank.adapter import CONFIG_FILE, WEIGHTS_FILE
 from skillbank.skill import Lazy
 from tests.test_adapter import IDS, SIZES, Tower
@@ -127,3 +127,34 @@ def test_on_the_command_line(adapters, tmp_path, monkeypatch, capsys):
     code, out, err = run("--to", str(tmp_path / "again"), "-o", "mine")
     assert (code, out) == (1, "")
     assert "give one of them" in err
+
+
+CASES = {  # what PEFT's own tests of merging ask of it
+    "ranks by pattern": ([{"r": 3, "rank_pattern": {"net.0": 5}}, {"r": 3, "rank_pattern": {"turned": 1}}], [1.0, 1.0]),
+    "minus one negates": ([{"r": 3}], [-1.0]),
+    "one less another": ([{"r": 3}, {"r": 3}], [1.0, -1.0]),  # PEFT's test subtracts an adapter from itself, where cross terms cancel
+    "scales differ": ([{"r": 3, "lora_alpha": 12}, {"r": 3, "lora_alpha": 1}], [0.5, 2.0]),
+    "alphas by pattern": ([{"r": 3, "alpha_pattern": {"line": 9}}, {"r": 3, "lora_alpha": 4}], [1.0, 0.3]),
+    "ranks differ": ([{"r": 1}, {"r": 7}], [0.7, 0.6]),
+    "modules differ": ([{"r": 2, "target_modules": ["table", "image"]}, {"r": 2, "target_modules": ["image", "line"]}], [0.7, -0.6]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("method", ["stack", "svd"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_peft_asks_of_a_merge(case, method, tmp_path):
+    configs, weights = CASES[case]
+    expected = Tower().state_dict()
+    for number, (config, weight) in enumerate(zip(configs, weights, strict=True)):
+        torch.manual_seed(number)
+        model = get_peft_model(Tower(), LoraConfig(**{"target_modules": [*SIZES], "init_lora_weights": False, **config}))
+        model.save_pretrained(tmp_path / str(number), save_embedding_layers=False)
+        merged = model.merge_and_unload().state_dict()
+        expected = {name: value + weight * (merged[name] - Tower().state_dict()[name]) for name, value in expected.items()}
+    options = {"rank": 20} if method == "svd" else {}
+    merge_adapters([tmp_path / str(number) for number in range(len(configs))], tmp_path / "merged", weights=weights, method=method, **options)
+    tower = Tower()
+    fold(tower, read_adapter(tmp_path / "merged"))
+    for name, value in tower.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
