@@ -152,7 +152,7 @@ def _cut(waiting: Mapping[str, tuple[Part, Merged]], asked: Mapping[str, Any], m
         asked = {"rank": next(iter(waiting.values()))[1].rank}
     pairs, kept = cut({name: (found.bases, found.matrix, part.dtype) for name, (part, found) in waiting.items()}, **asked)
     for name, (part, found) in waiting.items():
-        measured.cut(found, kept[name])
+        measured.cut(part, found, kept[name])
         measured.add(part, pairs[name])
         yield name, pairs[name]
 

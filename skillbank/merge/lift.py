@@ -69,6 +69,11 @@ class Part:
         """Weighted deltas in the core, (K, P, P')."""
         return self.core.cores * self.weights.to(self.core.cores)[:, None, None]
 
+    @cached_property
+    def total(self) -> Tensor:
+        """Weighted sum of the deltas in the core, (P, P')."""
+        return self.deltas.sum(0)
+
     @property
     def dtype(self) -> torch.dtype:
         """What holds what all skills hold of the module."""

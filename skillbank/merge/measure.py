@@ -42,8 +42,10 @@ class Measured:
         self.norms[module] = (0.0, 0.0, 0.0)
         self.effective[module] = 0.0
 
-    def cut(self, merged: Merged, kept: float) -> None:
-        """Some of a module's merge was kept, by its norm."""
+    def cut(self, part: Part, merged: Merged, kept: float) -> None:
+        """Some of a module's merge was kept, by its norm; of the sum itself the error tells that."""
+        if merged.matrix is part.total:
+            return
         self.cuts = True
         self.kept += kept**2
         self.whole += float(merged.matrix.norm() if merged.norm is None else merged.norm) ** 2
@@ -54,7 +56,7 @@ class Measured:
         products = (flat @ flat.mT).cpu()
         places = torch.tensor(part.places)
         self.products[places[:, None], places] += products
-        total = part.deltas.sum(0)
+        total = part.total
         a, b = (half.to(flat) for half in pair)
         rounding = resolution(promote(pair)) * math.sqrt(float(products.trace()))
         gram_a, gram_b, distance = _compared(part.core, total, a.flatten(1), b)

@@ -24,7 +24,7 @@ def svd(part: Part) -> Merged:
     Without any, the rank of a module is the largest that a skill has there. Computed in the QR core: O((O + I) R^2 + R^3).
     Eckart and Young (1936).
     """
-    return Merged(part.core, part.deltas.sum(0), rank=max(len(a) for a, _ in part.there))
+    return Merged(part.core, part.total, rank=max(len(a) for a, _ in part.there))
 
 
 @method("average", exact=True, breaks={"sign": "weights are relative to their sum"})
