@@ -49,7 +49,7 @@ def test_the_table_of_merge_methods_is_the_one_that_they_tell():
     assert yamls == set(METHODS) - {"fisher", "regmean"}  # which need statistics of the tasks
 
 
-@pytest.mark.parametrize("name", ["merge", "merge_files", "merge_entries", "folding"])
+@pytest.mark.parametrize("name", ["merge", "merge_files", "merge_entries", "merge_quality", "folding"])
 def test_the_page_on_merging_shows_what_is_stored(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--from-results"])
     import_module(f"benchmarks.{name}").main()
