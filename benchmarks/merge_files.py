@@ -3,6 +3,7 @@
 python -m benchmarks.merge_files                    the table; stored in benchmarks/results/merge_files.jsonl
 python -m benchmarks.merge_files --quick            two small layers; stores nothing
 python -m benchmarks.merge_files --from-results     the stored table
+python -m benchmarks.merge_files --gram             how long the Gram matrices of all modules take, and nothing else
 
 T adapters of random factors on 7 modules of each of 32 layers (4096 wide, 11008 inside), r = 16, bfloat16, in PEFT's folders with a scale of 2. Each
 line is a process of its own: "copy" reads every byte of every adapter and writes the result that stands in the line, in the same format; "merge"
@@ -106,6 +107,16 @@ def child(task: dict[str, Any]) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak.most}))
 
 
+def grams(count: int, rank: int, sizes: dict[str, tuple[int, int]]) -> float:
+    """Seconds of the Gram matrices of both stacked factors of all modules, in float64, from memory."""
+    ready = {size: torch.randn(size, count * rank, dtype=torch.float64) for pair in sizes.values() for size in pair}
+    started = time.perf_counter()
+    for pair in sizes.values():
+        for size in pair:
+            ready[size].mT @ ready[size]
+    return time.perf_counter() - started
+
+
 def row(name: str, options: dict[str, Any], sources: list[Path], threads: int, repeats: int) -> dict[str, float]:
     """One line of the table."""
     found: dict[str, list[dict[str, float]]] = {"merge": [], "copy": []}
@@ -146,10 +157,17 @@ def main() -> None:
     parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder without one")
+    parser.add_argument("--gram", action="store_true", help="how long the Gram matrices of all modules take, and nothing else")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         child(json.loads(options.task))
+        return
+    if options.gram:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            times = [grams(8, 16, modules(32, 4096, 11008)) for _ in range(4)]
+            print(f"{threads} threads: {statistics.median(times[1:]):.2f} s")
         return
     rows: list[dict[str, Any]] = []
     if options.from_results:
