@@ -141,6 +141,19 @@ def test_no_flipped_bit_of_the_index_makes_a_listing_lie(bank, cache, place, bit
     assert listed(bank) == before
 
 
+def test_damage_in_the_names_of_tables_is_seen(bank, cache):
+    before = plain(bank)
+    listed(bank)
+    (path,) = cache.glob("*.sqlite")
+    data = path.read_bytes()
+    start = data.index(b"CREATE TABLE")
+    for place in range(start, start + 60):
+        damaged = bytearray(data)
+        damaged[place] ^= 128  # no UTF-8 any more, and SQLite quotes it in its error
+        path.write_bytes(damaged)
+        assert listed(bank) == before
+
+
 def test_without_a_place_for_it_there_is_an_index_all_the_same(bank, monkeypatch):
     monkeypatch.setenv("SKILLBANK_CACHE", "/proc/nowhere")
     assert listed(bank) == plain(bank)

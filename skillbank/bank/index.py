@@ -172,7 +172,7 @@ def _with_file(root: Path, use: Callable[[sqlite3.Connection], list[T]]) -> list
         except (OSError, sqlite3.OperationalError):  # no place to write, or not in time
             if place == ":memory:":
                 raise
-        except sqlite3.DatabaseError:  # damaged, or another format
+        except (sqlite3.DatabaseError, UnicodeDecodeError):  # damaged, perhaps where the error quotes it, or another format
             _remove(path)
     raise AssertionError("an index in memory cannot be damaged")
 
