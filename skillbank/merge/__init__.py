@@ -13,6 +13,7 @@ from skillbank.certificate import Certificate
 from skillbank.merge.engine import Dense, Merging
 from skillbank.merge.files import merge_adapters
 from skillbank.merge.lift import Merged, Part
+from skillbank.merge.measure import Measured
 from skillbank.merge.registry import CUTS, LAWS, METHODS, Entry, Method, described, method
 from skillbank.skill import Skill
 
@@ -54,12 +55,9 @@ def merge(
             are not finite, a module that no pattern fits, a pattern that fits no module, or a method's own complaint.
 
     """
-    merging = Merging.of(skills, weights, method, options)
-    factors = dict(merging)
-    if not factors:
-        raise ValueError("all weights are 0 where the skills have modules, so that nothing is left: give one of them another weight")
-    embeddings = frozenset[str]().union(*(skill.embeddings for skill in skills))
-    return Skill(factors, embeddings & set(factors), merging.certificate())
+    merging, measured = Merging.of(skills, weights, method, options), Measured(len(skills))
+    factors = dict(merging.run(measured))
+    return Skill(factors, merging.embeddings & set(factors), measured.certificate(merging.name))
 
 
 def dense_merge(

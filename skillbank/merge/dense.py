@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillbank.core import Core, check_shapes
+from skillbank.core import Core
 from skillbank.merge.lift import Merged, Part
 from skillbank.merge.registry import Method, check_options, find
 from skillbank.merge.tiles import DenseTiles, Tiles
@@ -51,7 +51,6 @@ def from_entries(part: Part, function: Callable[[Tiles], Combine]) -> Merged | T
 
 
 def _tiles(part: Part) -> Tiles:
-    check_shapes(part.module, part.there)
     dtype = torch.promote_types(part.dtype, torch.float32)
     a, b = part.there[0]
     empty = a.new_zeros(1, *a.shape[1:]), b.new_zeros(len(b), 1)

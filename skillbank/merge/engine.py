@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skillbank.certificate import Certificate
 from skillbank.core import Factor, check_cut, check_shapes, cut
 from skillbank.merge.lift import Merged, Part
 from skillbank.merge.measure import Measured
@@ -23,7 +22,7 @@ __all__ = ["Dense", "Merging"]
 
 @dataclass(frozen=True)
 class Merging:
-    """A merge under way: iterate for (module path, factors), one module at a time; when that has ended, there is a certificate.
+    """A merge that is checked and planned.
 
     Args:
         skills: K skills.
@@ -39,7 +38,6 @@ class Merging:
     name: str
     entry: Entry
     options: Mapping[str, Any]
-    measured: Measured = field(init=False)
 
     @classmethod
     def of(
@@ -58,16 +56,13 @@ class Merging:
             raise ValueError(f"the first skill has weight 0, but {name!r} starts from it: give it another weight, or put another skill first")
         return cls(skills, at, name, entry, options)
 
-    def __post_init__(self) -> None:
-        """Nothing is measured yet."""
-        object.__setattr__(self, "measured", Measured(len(self.skills)))
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Modules that are `nn.Embedding` layers in a skill."""
+        return frozenset[str]().union(*(skill.embeddings for skill in self.skills))
 
-    def certificate(self) -> Certificate:
-        """Return what the whole merge did."""
-        return self.measured.certificate(self.name)
-
-    def __iter__(self) -> Iterator[tuple[str, Factor]]:
-        """With an error or a budget all modules are looked at before the first is cut."""
+    def run(self, measured: Measured) -> Iterator[tuple[str, Factor]]:
+        """(Module path, factors), one module at a time, each measured; with an error or a budget all are looked at before the first is cut."""
         asked: dict[str, Any] = {key: self.options.get(key) for key in CUTS}
         own = {key: value for key, value in self.options.items() if key not in CUTS}
         together = asked["error"] is not None or asked["budget"] is not None
@@ -76,20 +71,22 @@ class Merging:
         for module, weights in self.at.items():
             part = _part(self.skills, module, weights, 0 if together else asked["rank"])
             if part is None:
-                self.measured.absent(module)
+                measured.absent(module)
                 continue
             found = self.entry.function(part, **own)
             assert not isinstance(found, Tensor)
             if not isinstance(found, Merged):
-                self.measured.add(part, found)
+                measured.add(part, found)
                 yield module, found
                 continue
             waiting[module] = part, found
             if not together:
-                yield from _cut(waiting, asked, self.measured)
+                yield from _cut(waiting, asked, measured)
                 waiting.clear()
         if waiting:
-            yield from _cut(waiting, asked, self.measured)
+            yield from _cut(waiting, asked, measured)
+        if not measured.ranks:
+            raise ValueError("all weights are 0 where the skills have modules, so that nothing is left: give one of them another weight")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Dense:
     @property
     def embeddings(self) -> frozenset[str]:
         """Modules that are `nn.Embedding` layers."""
-        return frozenset[str]().union(*(skill.embeddings for skill in self.merging.skills)) & set(self)
+        return self.merging.embeddings & set(self)
 
     def __iter__(self) -> Iterator[str]:
         """Module paths that a skill at another weight than 0 has."""

@@ -9,8 +9,8 @@ from typing import Any
 from skillbank.adapter import CONFIG_FILE, read_adapter, read_config, stream_adapter
 from skillbank.certificate import Certificate
 from skillbank.merge.engine import Merging
+from skillbank.merge.measure import Measured
 from skillbank.merge.registry import Method
-from skillbank.skill import modules_of
 
 __all__ = ["merge_adapters"]
 
@@ -45,15 +45,15 @@ def merge_adapters(
     for key, values in told.items():
         if len(set(values.values())) > 1:
             raise ValueError(f"adapters of different bases do not go together, their {key} differ: {values}")
-    merging = Merging.of(skills, weights, method, options)
+    merging, measured = Merging.of(skills, weights, method, options), Measured(len(skills))
     conv1d, base_name, task_type = (next(iter(told[key].values()), None) for key in _TOLD)
     stream_adapter(
-        merging,
-        modules_of(skills),
+        merging.run(measured),
+        merging.at,
         folder,
-        embeddings=frozenset[str]().union(*(skill.embeddings for skill in skills)),
+        embeddings=merging.embeddings,
         base_name=base_name,
         fan_in_fan_out=bool(conv1d),
         task_type=task_type,
     )
-    return merging.certificate()
+    return measured.certificate(merging.name)
