@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ import torch
 from safetensors import safe_open
 
 import skillbank as sb
-from benchmarks import mttl_library
+from benchmarks import mttl_library, stored
 from skillbank.bank.card import content_hash
 from skillbank.bank.sealed import file_digest
 from skillbank.report import markdown
@@ -201,14 +200,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     if options.from_results:
-        print(tables([json.loads(line) for line in RESULTS.read_text().splitlines()]))
+        print(tables(stored.load(RESULTS)))
         return
     torch.set_num_threads(1)
     sizes, shapes = ([60], [(64, 8)]) if options.quick else (options.sizes, [(512, 8), (4096, 8), (8192, 64)])
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    where = {"device": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__, "commit": commit}
+    where = stored.where() | {"threads": 1}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SKILLBANK_CACHE"] = f"{folder}/cache"
@@ -219,8 +215,8 @@ def main() -> None:
     print(tables(rows))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
     if not options.quick:
-        kept = [] if sizes else [row for line in RESULTS.read_text().splitlines() if (row := json.loads(line))["table"] == "growth"]
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]))
+        kept = [] if sizes else [row for row in stored.load(RESULTS) if row["table"] == "growth"]
+        stored.store(RESULTS, [*kept, *rows])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

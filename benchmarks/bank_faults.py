@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import skillbank as sb
+from benchmarks import stored
 from benchmarks.bank_damage import clock, damage
 from benchmarks.bank_stress import stress
 from benchmarks.faults import ENDED, FAULTS, HUNG, ODD, SURVIVED, Fault, apart, attempt, suffer
@@ -230,15 +231,13 @@ def _summed(rows: list[Row]) -> Row:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a little of each; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "a little of each")
     parser.add_argument("--kills", type=int, default=1000, help="kills at random moments that hit, over all operations")
     parser.add_argument("--damages", type=int, default=10_000, help="changed bytes")
     parser.add_argument("--seconds", type=float, default=60, help="how long writers and readers work")
     options = parser.parse_args()
     if options.from_results:
-        print(tables([json.loads(line) for line in RESULTS.read_text().splitlines()]))
+        print(tables(stored.load(RESULTS)))
         return
     torch.set_num_threads(1)
     rows: list[Row] = []
@@ -250,7 +249,7 @@ def main() -> None:
             print(f"{time.perf_counter() - started:6.0f} s", *values.values(), file=sys.stderr, flush=True)
     print(tables(rows))
     if not options.quick:
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stored.store(RESULTS, rows)
     wrong = {"damaged", "lost", "repeat failed", "other errors", "missed by verify", "read by get", "wrong"}
     if any(row["values"].get(column) for row in rows for column in wrong):
         raise SystemExit(1)

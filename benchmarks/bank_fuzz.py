@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import struct
 import subprocess
@@ -21,6 +20,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from benchmarks import stored
 
 RESULTS = Path(__file__).parent / "results" / "bank_fuzz.jsonl"
 END = b'\n  "seal": "%s"\n}'
@@ -185,13 +186,13 @@ def main() -> None:
     from skillbank.report import markdown
 
     if options.from_results:
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        rows = stored.load(RESULTS)
     elif find_spec("atheris") is None:
         raise SystemExit("atheris is not installed: pip install 'skillbank[fuzz]' (there are wheels for Linux)")
     else:
         rows = [study(name, options.seconds) for name in options.names or SEEDS]
         if not options.names:
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            stored.store(RESULTS, rows)
     print(markdown(rows))
     if any(row["findings"] for row in rows):
         raise SystemExit(1)

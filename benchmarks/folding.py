@@ -11,11 +11,7 @@ thread; the kept copy that makes the difference takes as much memory as the weig
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import skillbank as sb
+from benchmarks import stored
 from skillbank.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "folding.jsonl"
@@ -98,22 +95,17 @@ def row(name: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer cycles; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "fewer cycles")
     options = parser.parse_args()
     if options.from_results:
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        rows = stored.load(RESULTS)
     else:
         torch.set_num_threads(1)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+        where = stored.where()
         cycles = 50 if options.quick else 10_000
         rows = [row(name, dtype, cycles) | where for dtype in (torch.bfloat16, torch.float32) for name in ("ours", "PEFT")]
         if not options.quick:
-            RESULTS.write_text("".join(json.dumps(each) + "\n" for each in rows))
+            stored.store(RESULTS, rows)
     print(
         markdown(
             [

@@ -11,11 +11,8 @@ two QR decompositions of the stacked factors alone, the floor of this way to do 
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import skillbank as sb
-from skillbank.report import markdown
+from benchmarks import stored
 from skillbank.skill import core
 
 RESULTS = Path(__file__).parent / "results" / "merge.jsonl"
@@ -127,27 +124,22 @@ def row(count: int, rank: int, width: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small layers; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "small layers")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if options.from_results:
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        rows = stored.load(RESULTS)
     else:
         shapes = [(2, 4, 64)] if options.quick else [(2, 16, 1024), (4, 16, 256), (4, 16, 1024), (4, 16, 4096), (8, 16, 1024), (4, 64, 1024)]
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+        where = stored.where()
         for threads in options.threads:
             torch.set_num_threads(threads)
             rows += [{"threads": threads, "values": row(*shape, repeats=2 if options.quick else 7), **where} for shape in shapes]
         if not options.quick:
-            RESULTS.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    print(markdown([{"threads": each["threads"], **{key: f"{value:.3g}" for key, value in each["values"].items()}} for each in rows]))
+            stored.store(RESULTS, rows)
+    print(stored.by_threads(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -12,11 +12,7 @@ result takes 64 MB of it, the dense deltas would take 256. Medians of repeats, i
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,10 +23,10 @@ import torch
 from torch import Tensor
 
 import skillbank as sb
+from benchmarks import stored
 from benchmarks.merge import skills
 from benchmarks.merge_files import Peak
 from skillbank.merge.tiles import Tiles
-from skillbank.report import markdown
 
 RESULTS = Path(__file__).parent / "results" / "merge_entries.jsonl"
 METHODS: dict[str, dict[str, Any]] = {
@@ -121,25 +117,20 @@ def rows(width: int, repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small layer; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "a small layer")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     found: list[dict[str, Any]] = []
     if options.from_results:
-        found = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        found = stored.load(RESULTS)
     else:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+        where = stored.where()
         for threads in options.threads:
             torch.set_num_threads(threads)
             found += [{"threads": threads, **each, **where} for each in rows(256 if options.quick else 4096, 1 if options.quick else 5)]
         if not options.quick:
-            RESULTS.write_text("".join(json.dumps(each) + "\n" for each in found))
-    print(markdown([{"threads": each["threads"], "method": each["method"], **{k: f"{v:.3g}" for k, v in each["values"].items()}} for each in found]))
+            stored.store(RESULTS, found)
+    print(stored.by_threads(found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,8 +28,8 @@ from typing import Any
 import torch
 
 import skillbank as sb
+from benchmarks import stored
 from skillbank.adapter import CONFIG_FILE, WEIGHTS_FILE
-from skillbank.report import markdown
 from skillbank.tensors import load_tensors, save_tensors
 
 RESULTS = Path(__file__).parent / "results" / "merge_files.jsonl"
@@ -152,9 +151,7 @@ def row(name: str, options: dict[str, Any], sources: list[Path], threads: int, r
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two small layers; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "two small layers")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder without one")
     parser.add_argument("--gram", action="store_true", help="how long the Gram matrices of all modules take, and nothing else")
@@ -171,13 +168,10 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     if options.from_results:
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        rows = stored.load(RESULTS)
     else:
         count, rank, sizes = (3, 4, modules(2, 64, 160)) if options.quick else (8, 16, modules(32, 4096, 11008))
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+        where = stored.where()
         largest = max(o + i for o, i in sizes.values()) * rank * count * 8 / 2**20
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             sources = write_adapters(Path(folder), count, rank, sizes)
@@ -187,8 +181,8 @@ def main() -> None:
                     values = {"read, MB": read, "module, MB": largest, **row(name, each, sources, threads, 1 if options.quick else 3)}
                     rows.append({"threads": threads, "method": name, "values": values, **where})
         if not options.quick:
-            RESULTS.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    print(markdown([{"threads": each["threads"], "method": each["method"], **{k: f"{v:.3g}" for k, v in each["values"].items()}} for each in rows]))
+            stored.store(RESULTS, rows)
+    print(stored.by_threads(rows))
 
 
 if __name__ == "__main__":

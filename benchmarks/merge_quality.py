@@ -16,14 +16,10 @@ to save.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
-import json
-import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -37,6 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import skillbank as sb
+from benchmarks import stored
 from skillbank.merge import METHODS
 from skillbank.model import Batch
 from skillbank.report import markdown
@@ -277,25 +274,20 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, hardly trained, few methods; stores nothing")
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and run nothing")
+    parser = stored.parser(__doc__, "one seed, hardly trained, few methods")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     logging.set_verbosity_error()
     if options.from_results:
-        results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        results = stored.load(RESULTS)
     else:
         torch.set_num_threads(1)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        where = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
+        where = stored.where()
         results = []
         for seed in range(1 if options.quick else options.seeds):
             results.append({"seed": seed, "scores": one_seed(seed, options.quick), **where})
             if not options.quick:
-                RESULTS.write_text("".join(json.dumps(each) + "\n" for each in results))
+                stored.store(RESULTS, results)
     print(table(results))
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from hydra.utils import instantiate
 import compose as compose_entry
 import skillbank as sb
 import train as train_entry
+from benchmarks import stored
 from benchmarks.levels import ActionLevel, NoiseLevel
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -235,7 +235,7 @@ def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tu
 
 def read_results() -> list[dict[str, Any]]:
     """Stored result rows."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return stored.load(RESULTS) if RESULTS.exists() else []
 
 
 def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[str, ...] = (), episodes: int = 10) -> dict[str, Any]:
@@ -247,7 +247,6 @@ def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[s
     model = ROWS[row](study, scenario)
     trained = time.time() - started
     rollout = task.rollout(model, episodes=episodes)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "name": f"{scenario}/{setting}/{row}",
         "seed": seed,
@@ -259,7 +258,7 @@ def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[s
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": stored.commit(),
     }
 
 
