@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.fit import Fit, fit
+from skillbank.fit import Fit, fit, validation_loss
 from skillbank.gate import Mixed, Mixture
 from skillbank.model import Batch, Batches, Model, ModelModule
 from skillbank.skill import Skill, modules_of
@@ -156,14 +156,11 @@ def search_weights(
     if not looked_at or evaluations < 1:
         raise ValueError(f"a search needs batches and evaluations, got {len(looked_at)} and {evaluations}")
     weighted = Weighted(cast("nn.Module", model), skills, start=[0.0] * len(skills), objective=objective)
-    device = weighted.weights.device
 
     def value(weights: Sequence[float]) -> float:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.no_grad():
             weighted.weights.copy_(torch.tensor([list(weights)]))
-            total = sum(float(weighted({key: each.to(device) for key, each in batch.items()})) for batch in looked_at)
-        return total / len(looked_at) + penalty * sum(map(abs, weights)) / len(skills)
+        return validation_loss(weighted, looked_at, seed=seed, repeats=1) + penalty * sum(map(abs, weights)) / len(skills)
 
     space = nevergrad.p.Array(init=[0.0] * len(skills)).set_bounds(*within)
     space.random_state.seed(seed)

@@ -94,6 +94,15 @@ def test_nothing_half_written_is_left(adapters, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_a_merge_of_nothing_is_refused(tmp_path):
+    for name in ("table", "image"):
+        get_peft_model(Tower(), LoraConfig(r=2, target_modules=[name])).save_pretrained(tmp_path / name, save_embedding_layers=False)
+    weights = [{"table": 0.0, "*": 1.0}, {"image": 0.0, "*": 1.0}]
+    with pytest.raises(ValueError, match="all weights are 0 where the skills have modules"):
+        merge_adapters([tmp_path / "table", tmp_path / "image"], tmp_path / "merged", weights=weights)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_adapters_of_different_bases_are_refused(adapters, tmp_path):
     sources, _ = adapters
     other = tmp_path / "other"
