@@ -13,6 +13,7 @@ from skillbank.adapter import CONFIG_FILE, WEIGHTS_FILE
 from skillbank.skill import Lazy
 from tests.test_adapter import IDS, SIZES, Tower
 
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 SCALES = [{"r": 3, "lora_alpha": 6}, {"r": 2, "lora_alpha": 5, "use_rslora": True}]
 
 
@@ -32,7 +33,6 @@ def adapters(tmp_path_factory):
     return [root / "0", root / "1"], expected(IDS)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize("options", [{}, {"method": "svd", "rank": 5}, {"method": "svd", "error": 1e-7}])
 def test_peft_loads_what_is_merged_from_its_folders(adapters, tmp_path, options):
     sources, expected = adapters
@@ -149,7 +149,6 @@ CASES = {  # what PEFT's own tests of merging ask of it
 }
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize("method", ["stack", "svd"])
 @pytest.mark.parametrize("case", CASES)
 def test_what_peft_asks_of_a_merge(case, method, tmp_path):
