@@ -84,5 +84,5 @@ def _checked(factor: tuple[Tensor, Tensor] | None, tiles: Tiles) -> tuple[Tensor
     """Both halves, a millionth of their mean added."""
     if factor is None or (len(factor[0]), len(factor[1])) != tiles.shape:
         raise ValueError(f"fisher needs factors {tiles.shape} of module {tiles.module!r} for every skill, one has none or others")
-    out, inner = (half.double() + 1e-6 * half.double().mean().clamp_min(1e-30) for half in factor)
+    out, inner = (half.double() + 1e-6 * half.double().mean().clamp_min(1e-100) for half in factor)
     return out, inner
