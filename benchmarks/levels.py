@@ -49,7 +49,7 @@ class _Level(nn.Module):
 
     def become(self, member: int, rows: int) -> None:
         """Make the stack policy `member` for batches of `rows`."""
-        self.composed.mixture.weights = self.members[member].expand(rows, -1)
+        self.composed.mixture.mix(self.members[member].expand(rows, -1))
 
     def act(self, observation: Tensor) -> Tensor:
         raise NotImplementedError
@@ -62,8 +62,8 @@ class NoiseLevel(_Level):
         """Sample with the mixed noise, (B, D) -> (B, H, A)."""
         weights, rows = self.gate(observation), len(observation)
 
-        def noise(x: Tensor, t: Tensor) -> Tensor:
-            total = torch.zeros_like(x)
+        def noise(x: Tensor, step: int) -> Tensor:
+            total, t = torch.zeros_like(x), torch.full((rows,), step, device=x.device)
             for member in range(len(self.members)):
                 self.become(member, rows)
                 total = total + weights[:, member, None] * self.net(x, observation, t)

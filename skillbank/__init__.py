@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skillbank.adapter import read_adapter, write_adapter
     from skillbank.artifacts import log_artifacts
-    from skillbank.attach import Folding, attach, detach, fold, fresh, read
+    from skillbank.attach import attach, detach, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
     from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
+    from skillbank.folding import Folding, fold
     from skillbank.formats import read_lora
     from skillbank.gate import Composed, ConstantGate, MLPGate, grow
     from skillbank.learn import learn_weights, search_weights
@@ -35,11 +36,12 @@ __version__ = "0.1.0"
 _HOME = {
     "adapter": ["read_adapter", "write_adapter"],
     "artifacts": ["log_artifacts"],
-    "attach": ["Folding", "attach", "detach", "fold", "fresh", "read"],
+    "attach": ["attach", "detach", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
     "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
+    "folding": ["Folding", "fold"],
     "formats": ["read_lora"],
     "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
     "learn": ["learn_weights", "search_weights"],

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,12 +16,25 @@ from transformers.pytorch_utils import Conv1D
 
 from skillbank.skill import Deltas, Factor, Skill
 
-__all__ = ["Folding", "attach", "base_weights", "channel_layers", "check_fit", "delta_like", "detach", "fold", "fresh", "is_linear", "mark", "read"]
+__all__ = [
+    *("Adapted", "adapted_layers", "attach", "base_weights", "channel_layers", "check_fit", "detach", "factors", "fresh", "is_linear"),
+    *("is_transposed", "mark", "matrix", "plain_modules", "read", "weight_of"),
+]
 
 ADAPTER = "default"
 MARK = "_skillbank_mark"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+
+
+class Adapted(NamedTuple):
+    """A layer with a skill on it, which computes `base(x) + scale * up(down(x))`; `down` holds A (R, I), `up` B (O, R)."""
+
+    layer: nn.Module
+    base: nn.Module
+    down: nn.Module
+    up: nn.Module
+    scale: float
 
 
 def fresh(
@@ -78,96 +92,36 @@ def attach(net: nn.Module, skill: Skill) -> None:
                 live.requires_grad_(False)
 
 
-@torch.no_grad()
-def fold(net: nn.Module, skill: Deltas) -> None:
-    """Add the deltas of a skill, or of a `dense_merge`, into the base's weights, in place and for good: what is trained now stands on them.
-
-    Sums are in float32 or better and rounded once. `Folding` takes a skill out again.
-
-    Raises:
-        ValueError: as `attach`, or a weight that is tied to another or quantised; the net is unchanged.
-
-    """
-    layers = _foldable(net, skill)
-    for name, layer in layers.items():
-        _add(layer, _weight(layer).detach(), skill, name)
-
-
-class Folding:
-    """One skill at a time folded into the weights of a live net, and taken out again bit for bit, however often and in any dtype.
-
-    The weights that a skill touches are kept as they were, once; every skill is added to those. Use it as a context, or call `clear`.
-
-    Args:
-        net: without an adapter on it. Nobody else may change the weights meanwhile.
-
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self._kept: dict[str, Tensor] = {}
-        self._folded: dict[str, nn.Module] = {}
-
-    def set(self, skill: Deltas) -> None:
-        """Fold this skill in, instead of the one before; a ValueError, as from `fold`, leaves the one before."""
-        layers = _foldable(self.net, skill)
-        self.clear()
-        for name, layer in layers.items():
-            if name not in self._kept:
-                self._kept[name] = _weight(layer).detach().clone()
-        self._folded = layers  # before the first sum, so that whatever stops it is taken out again
-        for name, layer in layers.items():
-            _add(layer, self._kept[name], skill, name)
-
-    def clear(self) -> None:
-        """Take the skill out: the weights are what they were, to the last bit."""
-        with torch.no_grad():
-            for name, layer in self._folded.items():
-                _weight(layer).copy_(self._kept[name])
-        self._folded = {}
-
-    def __enter__(self) -> Folding:
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Take the skill out."""
-        self.clear()
-
-
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer, or the base of a layer that a skill is on, is a linear one: `nn.Linear`, or `Conv1D` of transformers."""
     return isinstance(getattr(layer, "base_layer", layer), nn.Linear | Conv1D)
 
 
-def delta_like(layer: nn.Module, deltas: Deltas, module: str) -> Tensor:
-    """Dense delta of a module as its layer stores weights, in float32 or better."""
-    delta = deltas.delta(module, torch.float32)
-    return delta.mT if isinstance(layer, nn.Embedding | Conv1D) else delta
+def plain_modules(net: nn.Module) -> dict[str, nn.Module]:
+    """Modules by path as they were before a skill was put on, with the parts of PEFT's own layers left out."""
+    layers = _layers(net)
+    plain = {name: module for name, module in net.named_modules() if not any(name.startswith(f"{layer}.") for layer in layers)}
+    return {name: layers[name].get_base_layer() if name in layers else module for name, module in plain.items()}
 
 
-def _foldable(net: nn.Module, skill: Deltas) -> dict[str, nn.Module]:
-    """Layers that a skill is added to."""
-    check_fit(net, skill)
-    plain = _plain_modules(net)
-    layers = {name: plain[name] for name in skill}
-    owners: dict[int, list[str]] = {}
-    for name, layer in net.named_modules(remove_duplicate=False):
-        for own, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(f"{name}.{own}")
-    for name, layer in layers.items():
-        weight = _weight(layer)
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(f"module {name!r} has weights of {weight.dtype}, which no skill can be folded into: attach it")
-        if len(tied := owners[id(weight)]) > 1:
-            raise ValueError(f"module {name!r} shares its weight, {tied}, so that a skill folded into one changes the others: attach it")
-    return layers
+def weight_of(layer: nn.Module) -> Tensor:
+    """Weight of a layer as it is stored."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
-def _add(layer: nn.Module, base: Tensor, skill: Deltas, module: str) -> None:
-    delta = delta_like(layer, skill, module).to(base.device)
-    with torch.no_grad():
-        _weight(layer).copy_(base.to(torch.promote_types(base.dtype, delta.dtype)) + delta)
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer stores its weight (I, O)."""
+    return isinstance(layer, nn.Embedding | Conv1D)
+
+
+def matrix(layer: nn.Module) -> Tensor | None:
+    """Weight (I, O) of a layer that computes `x W + b` with it and nothing else, a view; None for any other, such as a quantised one."""
+    weight = getattr(layer, "weight", None)
+    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    return weight if isinstance(layer, Conv1D) else weight.mT
 
 
 def read(net: nn.Module) -> Skill:
@@ -190,6 +144,11 @@ def read(net: nn.Module) -> Skill:
     return Skill(factors, frozenset(name for name, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)))
 
 
+def factors(net: nn.Module) -> dict[str, Factor]:
+    """Live parameters A (R, I, *kernel) and B (O, R, 1, ...) of the skill on `net`, its scale not folded in."""
+    return {name: _factor(layer) for name, layer in _layers(net).items()}
+
+
 def detach(net: nn.Module) -> None:
     """Take the skill off `net`, if there is one; the base layers stand where they stood."""
     for name, layer in _layers(net).items():
@@ -207,11 +166,11 @@ def mark(net: nn.Module) -> object | None:
 
 def base_weights(net: nn.Module, modules: Sequence[str] | Skill) -> dict[str, Tensor]:
     """`{module.weight: tensor}` of the base under the given modules, whether a skill is on them or not: what a base fingerprint is made of."""
-    plain = _plain_modules(net)
+    plain = plain_modules(net)
     missing = [name for name in modules if name not in plain]
     if missing:
         raise ValueError(f"the net has no modules {_some(missing)}; it has {_some(list(_candidates(plain)))}")
-    return {f"{name}.weight": _weight(plain[name]).detach() for name in modules}
+    return {f"{name}.weight": weight_of(plain[name]).detach() for name in modules}
 
 
 def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -230,9 +189,23 @@ def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
+def adapted_layers(net: nn.Module) -> dict[str, Adapted | None]:
+    """Every layer with a skill on it by module; None for one that computes more than `Adapted` says, such as an embedding or dropout before A."""
+    found: dict[str, Adapted | None] = {}
+    for name, layer in _layers(net).items():
+        own = _adapter(layer)
+        plain = is_linear(layer) and isinstance(layer.lora_dropout[own], nn.Identity) and not (layer.disable_adapters or layer.merged)
+        try:
+            _check_variant(name, layer)
+        except ValueError:
+            plain = False
+        found[name] = Adapted(layer, layer.get_base_layer(), layer.lora_A[own], layer.lora_B[own], layer.scaling[own]) if plain else None
+    return found
+
+
 def check_fit(net: nn.Module, skill: Deltas) -> None:
     """Check that a net has all modules of a skill, in its sizes; a ValueError names the first that does not fit."""
-    modules = _plain_modules(net)
+    modules = plain_modules(net)
     for name in skill:
         if name not in modules:
             raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
@@ -258,6 +231,7 @@ def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
     training = net.training
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # factors beside a tied weight leave the tie alone
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT sets it right for each layer of a net that has both kinds
         inject_adapter_in_model(config, net, ADAPTER)
     net.train(training)
     net.__dict__[MARK] = object()
@@ -267,19 +241,12 @@ def _layers(net: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in net.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _plain_modules(net: nn.Module) -> dict[str, nn.Module]:
-    """Modules by path as they were before a skill was put on, with the parts of PEFT's own layers left out."""
-    layers = _layers(net)
-    plain = {name: module for name, module in net.named_modules() if not any(name.startswith(f"{layer}.") for layer in layers)}
-    return {name: layers[name].get_base_layer() if name in layers else module for name, module in plain.items()}
-
-
 def _candidates(modules: dict[str, nn.Module]) -> Iterator[str]:
     return (name for name, module in modules.items() if isinstance(module, SUPPORTED))
 
 
 def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
-    modules = _plain_modules(net)
+    modules = plain_modules(net)
     match: Callable[[str], bool]
     if targets is None:
         names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
@@ -335,13 +302,8 @@ def _layer_sizes(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
     """(O, (I, *kernel)) of a base layer."""
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, (layer.num_embeddings,)
-    shape = tuple(_weight(layer).shape)
+    shape = tuple(weight_of(layer).shape)
     return (shape[1], (shape[0],)) if isinstance(layer, Conv1D) else (shape[0], shape[1:])
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

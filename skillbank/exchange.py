@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from skillbank.adapter import folded, write_adapter
-from skillbank.attach import fold
 from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.hub import repository_files, snapshot
 from skillbank.bank.records import write_payload
+from skillbank.folding import fold
 from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
 from skillbank.load import build_base
 from skillbank.merge import merge

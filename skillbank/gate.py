@@ -66,6 +66,11 @@ class MLPGate(nn.Module):
         """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D)."""
         return self.head(self.body((context - self.mean) / self.deviation)) / self.divisor
 
+    @property
+    def constant(self) -> Tensor | None:
+        """Weights (K,) if they are the same for every context, None if not."""
+        return None if self.head.weight.any() else self.head.bias.detach() / self.divisor
+
     @torch.no_grad()
     def standardise(self, context: Tensor) -> None:
         """From now on see features in units of their deviation in this sample (N, D) or (B, T, D), so that small ones count; before training.
@@ -98,6 +103,11 @@ class ConstantGate(nn.Module):
             raise ValueError(f"got {values.numel()} weights for {skills} skills: give one weight per skill")
         self.weights = nn.Parameter(values.clone())
 
+    @property
+    def constant(self) -> Tensor:
+        """Weights (K,)."""
+        return self.weights.detach()
+
     def forward(self, context: Tensor) -> Tensor:
         """Weights (B, K) or (B, T, K)."""
         return self.weights.to(context.device).expand(*context.shape[:-1], -1)
@@ -119,49 +129,76 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
 
 
 class Mixture:
-    """The one mutable cell: weights (B, K) or (B, T, K), or such by module, that the hooks on a stack multiply into its rank channels."""
+    """The one mutable cell: weights (B, K) or (B, T, K), or such by module, that the adapted layers multiply into their rank channels.
+
+    Where every row of a batch becomes `repeats` rows of the net, next to each other, as when several actions are sampled for an observation, `mix`
+    is told so; a layer may then run on either.
+    """
 
     def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
         attach(net, stack(skills))
-        self.weights: Tensor | Mapping[str, Tensor] | None = None
         self.count, self.mark = len(skills), mark(net)
+        self.mix(None)
         for name, (layer, axis) in channel_layers(net).items():
             ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
             owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
             layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
             layer.register_forward_pre_hook(self._hook(name, axis))
 
+    def mix(self, weights: Tensor | Mapping[str, Tensor] | None, repeats: int = 1) -> None:
+        """Set the weights for what the net runs on next."""
+        self.weights, self.repeats = weights, repeats
+        self.made: dict[str, Tensor] = {}
+        """What the fast path makes of these weights once per module."""
+
+    def of(self, name: str, rows: int) -> Tensor:
+        """Weights (B, K) or (B, T, K) of a module that runs on this many rows: B, or B times the repeats.
+
+        Raises:
+            RuntimeError: there are no weights yet.
+            ValueError: it runs on other rows.
+
+        """
+        if self.weights is None:
+            raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
+        weights = self.weights if isinstance(self.weights, Tensor) else self.weights[name]
+        if rows not in (len(weights), len(weights) * self.repeats):
+            raise ValueError(f"module {name!r} runs on {rows} rows, the gate gave weights for {len(weights)}: it must keep the batch")
+        return weights
+
+    def channels(self, name: str, owner: Tensor, shape: torch.Size, axis: int = -1) -> Tensor:
+        """Weights of the rank channels of a module, as they multiply into channels of this shape (B, ..., R), or (B, R, ...) for convolutions.
+
+        Raises:
+            RuntimeError: as `of`.
+            ValueError: as `of`, or the module does not run on the tokens that the gate gave weights for.
+
+        """
+        weights = self.of(name, shape[0])
+        if shape[0] > len(weights):
+            weights = weights.repeat_interleave(self.repeats, 0)
+        if weights.dim() == 2:
+            aligned = [1] * len(shape)
+            aligned[0], aligned[axis] = len(weights), len(owner)
+            return weights[:, owner].view(aligned)
+        if axis != -1 or weights.shape[1:-1] != shape[1:-1]:
+            runs, given = tuple(shape[:-1]), tuple(weights.shape[:-1])
+            raise ValueError(f"module {name!r} runs on rows and tokens {runs}, the gate gave weights for {given}: gate per sample")
+        return weights[..., owner]
+
     def _hook(self, name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
         def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             (hidden,) = inputs
-            if self.weights is None:
-                raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
-            weights = self.weights if isinstance(self.weights, Tensor) else self.weights[name]
-            if len(hidden) != len(weights):
-                raise ValueError(f"module {name!r} runs on {len(hidden)} rows, the gate gave weights for {len(weights)}: it must keep the batch")
-            channels = weights[..., cast("Tensor", layer.owner)].to(hidden.dtype)
-            return hidden * _aligned(channels, hidden, axis, name)
+            return hidden * self.channels(name, cast("Tensor", layer.owner), hidden.shape, axis).to(hidden.dtype)
 
         return weight
-
-
-def _aligned(channels: Tensor, hidden: Tensor, axis: int, name: str) -> Tensor:
-    """Weights (B, R) or (B, T, R) in the shape of hidden (B, ..., R), or (B, R, ...) for convolutions."""
-    if channels.dim() == 2:
-        shape = [1] * hidden.dim()
-        shape[0], shape[axis] = channels.shape
-        return channels.view(shape)
-    if axis != -1 or channels.shape[1:] != hidden.shape[1:]:
-        raise ValueError(
-            f"module {name!r} has channels {tuple(hidden.shape)}, the gate gave weights per token {tuple(channels.shape)}: gate per sample"
-        )
-    return channels
 
 
 class Mixed(nn.Module):
     """What models under a mixture share: the base answers, once the weights for the batch are set. A `Model` with a `forward`."""
 
     model: ModelModule
+    mixture: Mixture
 
     @property
     def net(self) -> nn.Module:
@@ -174,12 +211,13 @@ class Mixed(nn.Module):
         return self.model.context(batch)
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Prediction of the base model; the weights are set once."""
-        self._mix(batch)
-        return self.model.predict(batch)
+    def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
+        """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
+        self._mix(batch, samples or 1)
+        options = {} if samples is None else {"samples": samples}
+        return self.model.predict(batch, **options)
 
-    def _mix(self, batch: Batch) -> Tensor:
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
         """Set the mixture's weights for a batch."""
         raise NotImplementedError
 
@@ -238,11 +276,11 @@ class Composed(Mixed):
             penalty = penalty + (weights[..., -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
 
-    def _mix(self, batch: Batch) -> Tensor:
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
         if mark(self.net) is not self.mixture.mark:
             raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
         weights = self.weights(batch)
         if weights.shape[-1] != self.mixture.count:
             raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
-        self.mixture.weights = weights
+        self.mixture.mix(weights, repeats)
         return weights

@@ -69,10 +69,10 @@ class Weighted(Mixed):
             return rows[0]
         return [{name: row[k] for name, row in zip(self.modules_of_skills, rows, strict=True)} for k in range(len(rows[0]))]
 
-    def _mix(self, batch: Batch) -> Tensor:
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
         rows = len(next(iter(batch.values())))
         each = [row.expand(rows, -1) for row in self.weights]
-        self.mixture.weights = each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True))
+        self.mixture.mix(each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True)), repeats)
         return self.weights
 
 

@@ -10,27 +10,45 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from skillbank.attach import attach, base_weights
+from skillbank.attach import base_weights
 from skillbank.bank import Bank, Base, Checkpoint, Composition, base_fingerprint
 from skillbank.gate import Composed
 from skillbank.merge import merge
 from skillbank.model import ModelModule
-from skillbank.skill import Skill
+from skillbank.runtime.compiled import Compiled
+from skillbank.runtime.fused import lay_out
+from skillbank.runtime.plan import Plan, Wanted, carry_out, plan_constant, plan_gated
+from skillbank.skill import Skill, stack
 
 __all__ = ["build", "build_base", "check_base", "load", "skills_on_base"]
 
 
-def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.device = "cpu") -> ModelModule:
+def load(
+    ref: str,
+    bank: Bank | str | Path = "adapters",
+    device: str | torch.device = "cpu",
+    *,
+    plan: Wanted = None,
+    samples: int = 1,
+    compile: bool = False,
+) -> ModelModule:
     """Model of any version in a bank, in eval mode and ready to predict: a base, a skill on its base, or a composition.
+
+    What is the same for every input is merged into the weights, what a gate weights is computed in the way that costs least; `model.plan` says how
+    and why, module by module.
 
     Args:
         ref: `name` (newest), `name@3`, `name@alias`, `name@sha256:prefix` or `@sha256:prefix`.
         bank: a bank, or where one is.
         device: where the model goes.
+        plan: `merged`, `per row`, `factors` or `reference` (PEFT's layers and hooks), for all modules or by module, instead of what is best.
+        samples: predictions per row that the plan counts on.
+        compile: `predict` as one compiled function, for every shape of batch that it meets; other skills or weights in it need no other.
 
     Raises:
         UnknownRef: the bank has no such version.
-        ValueError: a version is damaged, a skill belongs to another base, the version's model cannot be built, or there is no such GPU.
+        ValueError: a version is damaged, a skill belongs to another base, the version's model cannot be built, there is no such GPU, or a module
+            cannot be computed as the plan asks for.
 
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -38,13 +56,21 @@ def load(ref: str, bank: Bank | str | Path = "adapters", device: str | torch.dev
     bank = bank if isinstance(bank, Bank) else Bank(bank)
     thing = bank.get(ref)
     if isinstance(thing, Base | Checkpoint):
-        model = build_base(thing)
+        model, made = build_base(thing), Plan({})
     elif isinstance(thing, Skill):
         _, model, (skill,), _ = skills_on_base(bank, [ref])
-        attach(model.net, skill)
+        made = _always(model, skill, plan)
     else:
-        model = _compose(bank, thing)
-    return model.to(device).eval()
+        model, made = _compose(bank, thing, plan, samples)
+    model.to(device).eval()
+    if torch.device(device).type == "cpu" and plan != "reference":
+        lay_out(model.net)
+    model.plan = made
+    if not compile:
+        return model
+    fast = cast("ModelModule", Compiled(model))
+    fast.plan = made
+    return fast
 
 
 def build_base(base: Base | Checkpoint) -> ModelModule:
@@ -126,12 +152,25 @@ def skills_on_base(bank: Bank, refs: Sequence[str]) -> tuple[str, ModelModule, l
     return base_ref, model, skills, exact
 
 
-def _compose(bank: Bank, composition: Composition) -> ModelModule:
+def _compose(bank: Bank, composition: Composition, wanted: Wanted, samples: int) -> tuple[ModelModule, Plan]:
     _, model, skills, _ = skills_on_base(bank, composition.skills)
     if composition.merge is not None:
-        attach(model.net, merge(skills, **composition.merge))
-        return model
+        return model, _always(model, merge(skills, **composition.merge), wanted)
     assert composition.gate is not None
     gate = build(composition.gate)
     gate.load_state_dict(composition.tensors)
-    return cast("ModelModule", Composed(model, gate, skills))
+    constant = getattr(gate, "constant", None)
+    if constant is not None and wanted is None:
+        return model, _always(model, stack(skills, constant), None)
+    composed = Composed(model, gate, skills)
+    repeats = samples * getattr(model, "steps", 1)
+    plan = plan_gated(model.net, composed.mixture, repeats=repeats, wanted=wanted)
+    carry_out(plan, model.net, composed.mixture)
+    return cast("ModelModule", composed), plan
+
+
+def _always(model: ModelModule, skill: Skill, wanted: Wanted) -> Plan:
+    """Put what is the same for every input on a model."""
+    plan = plan_constant(model.net, skill, wanted)
+    carry_out(plan, model.net, skill)
+    return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,11 @@ class Model(Protocol):
         ...
 
     def predict(self, batch: Batch) -> Tensor:
-        """Actions (B, H, A), or token ids (B, T). No gradient."""
+        """Actions (B, H, A), or token ids (B, T). No gradient.
+
+        A model that draws at random may take `samples=N` for N predictions per row, (B, N, H, A), and say as `steps` how often it runs its net for
+        one; what a gate costs depends on both.
+        """
         ...
 
 
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
 
     class ModelModule(nn.Module, Model):
         """An `nn.Module` that keeps the `Model` contract: what `load` gives to a type checker. Models need not inherit from it."""
+
+        plan: Mapping[str, Any]
 
 else:
     ModelModule = nn.Module

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import attach, fold, fresh, read
+from skillbank.attach import attach, fresh, read
 from skillbank.bank import Bank, Base, Card, Composition, Ref
 from skillbank.bank.card import tool_versions
 from skillbank.fit import Fit, fit, validation_loss
+from skillbank.folding import fold
 from skillbank.gate import Composed, MLPGate
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import check_fit, delta_like
+from skillbank.attach import check_fit
+from skillbank.folding import delta_like
 from skillbank.skill import Deltas
 from skillbank.tensors import load_tensors, save_tensors, whole_folder
 

@@ -85,7 +85,7 @@ def test_the_true_noise_leads_back_to_the_action():
     x = policy.noised(action, noise, t)
     beta, kept = policy.beta[0], policy.kept[0]
     close((x - beta / (1 - kept).sqrt() * noise) / (1 - beta).sqrt(), action, 1e-5)
-    oracle = lambda y, step: (y - policy.kept[step[0]].sqrt() * action) / (1 - policy.kept[step[0]]).sqrt()  # noqa: E731
+    oracle = lambda y, step: (y - policy.kept[step].sqrt() * action) / (1 - policy.kept[step]).sqrt()  # noqa: E731
     close(policy.denoise(oracle, 8, action, 0.0)[:, 0], action, 1e-5)
 
 

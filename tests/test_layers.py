@@ -20,8 +20,8 @@ FILES = {
 }
 
 ORDER = [
-    *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "model", "statistics", "localise"),
-    *("merge", "bank", "gate", "load", "shards", "exchange", "search", "artifacts"),
+    *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics", "localise"),
+    *("merge", "bank", "gate", "runtime", "load", "shards", "exchange", "search", "artifacts"),
     *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""

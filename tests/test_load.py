@@ -36,6 +36,8 @@ def fill(bank):
     bank.put(sb.Composition("base", ("one", "two"), merge={"method": "stack", "weights": [0.7, -0.2]}), "merged")
     bank.put(sb.Composition("base", ("one", "two"), merge={"method": "svd", "rank": 2}), "truncated")
     bank.put(sb.Composition("base", ("one", "two"), gate=GATE, tensors=random_gate().state_dict()), "gated")
+    constant = {"_target_": "skillbank.gate.ConstantGate", "context_dim": 5, "skills": 2}
+    bank.put(sb.Composition("base", ("one", "two"), gate=constant, tensors={"weights": torch.tensor([0.7, -0.2])}), "constant")
     return bank
 
 
@@ -72,11 +74,50 @@ def predict(model, temperature):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["base", "one", "merged", "truncated", "gated"])
 def test_loaded_is_live(bank, name, temperature):
-    loaded = sb.load(name, bank)
+    loaded = sb.load(name, bank, plan="reference")
     assert not any(module.training for module in loaded.modules())
     expected = predict(live(name), temperature)
     assert torch.equal(predict(loaded, temperature), expected)
     assert name == "base" or not torch.equal(expected, predict(tiny_policy(), temperature))
+    for plan in [None] if name == "base" else [None, "factors"]:
+        close(predict(sb.load(name, bank, plan=plan), temperature), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("one", {"merged"}), ("merged", {"merged"}), ("truncated", {"merged"}), ("gated", {"factors", "per row"}), ("constant", {"merged"})]
+)
+def test_the_best_plan_is_taken_and_shown(bank, name, kinds):
+    plan = sb.load(name, bank).plan
+    assert {choice.kind for choice in plan.values()} == kinds
+    assert set(plan) == set(skills()[0])
+    assert str(plan).splitlines()[-1].split()[:2] == ["in", "all"]
+
+
+def test_rows_that_share_their_weights_are_merged_where_that_pays(bank):
+    plan = sb.load("gated", bank, samples=2).plan  # 2 samples x 5 steps: 10 rows share their weights
+    size = {name: out * width / (out + width) for name, each in plan.items() for out, width in [each.size]}
+    assert {name: each.kind for name, each in plan.items()} == {name: "per row" if even < 15 else "factors" for name, even in size.items()}
+    assert {each.kind for each in plan.values()} == {"per row", "factors"}
+    loaded, expected = sb.load("gated", bank, samples=3), sb.load("gated", bank, plan="reference")
+    observation = tiny_batch()["observation"]
+    for model in (loaded, expected):
+        model.model.temperature = 0.0
+    close(loaded.predict({"observation": observation}, samples=3), expected.predict({"observation": observation}, samples=3))
+    close(loaded.predict({"observation": observation}, samples=3)[:, 1], expected.predict({"observation": observation}))
+
+
+def test_a_plan_can_be_asked_for(bank):
+    plan = sb.load("one", bank, plan={"leave.1": "factors"}).plan
+    assert (plan["leave.1"].kind, plan["leave.1"].reason, plan["enter"].kind) == ("factors", "asked for", "merged")
+    assert {each.kind for each in sb.load("constant", bank, plan="per row").plan.values()} == {"per row"}
+    with pytest.raises(ValueError, match=r"module 'time.1' cannot be planned as 'merged': it has weights that a gate changes"):
+        sb.load("gated", bank, plan="merged")
+    with pytest.raises(ValueError, match=r"module 'blocks.0.expand' cannot be planned as 'per row': it has the same weights for every input"):
+        sb.load("one", bank, plan="per row")
+    with pytest.raises(ValueError, match="unknown plan 'fast': choose merged, per row, factors or reference"):
+        sb.load("one", bank, plan="fast")
+    with pytest.raises(ValueError, match=r"the plan names the module 'net.7', the skills are on \['blocks.0.expand'"):
+        sb.load("gated", bank, plan={"net.7": "factors"})
 
 
 @pytest.mark.parametrize("form", [str, lambda path: path, sb.Bank], ids=["text", "path", "bank"])

@@ -140,7 +140,14 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, observation: Tensor, t: Tensor) -> Tensor:
         """Predicted noise (B, H * A) for noisy actions (B, H * A), observations (B, D) and integer steps t (B,) in 0..T-1."""
-        time = self.time(t[:, None].to(noisy.dtype))
+        return self.at(noisy, observation, self.embed(t, noisy.dtype))
+
+    def embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Processed features (..., E) of integer steps (...)."""
+        return self.time(t[..., None].to(dtype))
+
+    def at(self, noisy: Tensor, observation: Tensor, time: Tensor) -> Tensor:
+        """As `forward`, with the steps embedded already: (B, E)."""
         return self.leave(self.blocks(self.enter(torch.cat([noisy, observation, time], dim=-1))))
 
 
@@ -205,27 +212,30 @@ class DiffusionPolicy(nn.Module):
         return batch["observation"]
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Actions (B, H, A) in [-1, 1]."""
+    def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
+        """Actions in [-1, 1], (B, H, A), or `samples` N for every observation, (B, N, H, A)."""
         self._check(batch["observation"])
-        return self.sample(batch["observation"])
+        actions = self.sample(batch["observation"], samples=samples or 1)
+        return actions if samples is None else actions.view(-1, samples, *actions.shape[1:])
 
-    def sample(self, observation: Tensor, temperature: float | None = None) -> Tensor:
-        """Denoise from noise to actions, (B, D) -> (B, H, A) in [-1, 1], with gradient.
+    def sample(self, observation: Tensor, temperature: float | None = None, samples: int = 1) -> Tensor:
+        """Denoise from noise to actions, (B, D) -> (B * N, H, A) in [-1, 1], with gradient; the samples of an observation stand together.
 
         The variance is beta_t and every intermediate is clipped to [-1, 1] after its noise (arXiv 2304.10573); both are part of the method.
         """
         heat = self.temperature if temperature is None else temperature
-        return self.denoise(lambda x, t: self.net(x, observation, t), len(observation), observation, heat)
+        steps = torch.arange(self.steps, device=observation.device).expand(len(observation), -1)
+        times = self.net.embed(steps, observation.dtype)  # (B, T, E), all at once: they depend on nothing that is sampled
+        rows = observation.repeat_interleave(samples, 0)
+        return self.denoise(lambda x, t: self.net.at(x, rows, times[:, t].repeat_interleave(samples, 0)), len(rows), observation, heat)
 
-    def denoise(self, predict_noise: Callable[[Tensor, Tensor], Tensor], rows: int, like: Tensor, temperature: float) -> Tensor:
-        """Run the sampler with any noise predictor `(x (B, H * A), t (B,)) -> noise`."""
+    def denoise(self, predict_noise: Callable[[Tensor, int], Tensor], rows: int, like: Tensor, temperature: float) -> Tensor:
+        """Run the sampler with any noise predictor `(x (B, H * A), t) -> noise`, t an integer in 0..T-1."""
         start = like.new_empty(rows, self.horizon * self.action_dim)
         x = start.normal_() if temperature else start.zero_()
         for step in reversed(range(self.steps)):
-            t = torch.full((rows,), step, device=like.device)
             beta, kept = self.beta[step], self.kept[step]
-            x = (x - beta / (1 - kept).sqrt() * predict_noise(x, t)) / (1 - beta).sqrt()
+            x = (x - beta / (1 - kept).sqrt() * predict_noise(x, step)) / (1 - beta).sqrt()
             if step and temperature:
                 x = x + temperature * beta.sqrt() * torch.randn_like(x)
             x = x.clamp(-1, 1)

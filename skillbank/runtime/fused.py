@@ -1,0 +1,150 @@
+"""Adapted linear layers as one operation, forward and backward: `y = W x + b + B (channels * (A x))`, whatever the number of skills.
+
+The layers stay where they are and keep their parameters; only what they compute with is another function, and taking it off brings back the
+reference path. Shapes: B batch, I in, O out, R rank (sum over the skills).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from skillbank.attach import Adapted, adapted_layers, matrix
+from skillbank.gate import Mixture
+
+__all__ = ["fuse", "gated_linear", "lay_out", "unfuse", "why_not"]
+
+
+class _GatedLinear(torch.autograd.Function):
+    """No gradient is formed for what is frozen, no copy of the (N, O) result is made, and of the channels only A x is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None, scale: float) -> Tensor:
+        rows = x.flatten(0, -2)
+        hidden = (rows @ a.mT).view(*x.shape[:-1], len(a))
+        weighted = hidden * scale if channels is None else hidden * channels
+        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+        y.addmm_(weighted.flatten(0, -2), b.mT)
+        ctx.scale, ctx.biased = scale, bias is not None
+        ctx.save_for_backward(x, weight, a, b, channels, hidden)
+        return y.view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, channels, hidden = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, need_channels, _ = ctx.needs_input_grad
+        dy = gradients[0].flatten(0, -2)
+        rows = x.flatten(0, -2)
+        before = (dy @ b).view_as(hidden)
+        after = before * ctx.scale if channels is None else before * channels
+        inner = after.flatten(0, -2)
+        dx = (dy @ weight.mT).addmm_(inner, a).view_as(x) if need_x else None
+        dweight = rows.mT @ dy if need_weight else None
+        dbias = dy.sum(0) if need_bias else None
+        da = inner.mT @ rows if need_a else None
+        db = dy.mT @ (hidden * ctx.scale if channels is None else hidden * channels).flatten(0, -2) if need_b else None
+        dchannels = (before * hidden).sum_to_size(channels.shape) if need_channels else None
+        return dx, dweight, dbias, da, db, dchannels, None
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """`x weight + bias + (channels * scale * (x A^T)) B^T`, (B, ..., O).
+
+    Args:
+        x: (B, ..., I).
+        weight: (I, O), as `nn.Linear.weight.mT` or the weight of transformers' `Conv1D`.
+        bias: (O,).
+        a: (R, I).
+        b: (O, R).
+        channels: weights of the rank channels in a shape that broadcasts to (B, ..., R); None for 1. With channels, `scale` must be 1.
+        scale: multiplier of the factors.
+
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, a, b = (tensor.to(dtype) for tensor in (x, weight, a, b))
+        bias = None if bias is None else bias.to(dtype)
+    channels = None if channels is None else channels.to(a.dtype)
+    result: Tensor = _GatedLinear.apply(x, weight, bias, a, b, channels, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def fuse(net: nn.Module, mixture: Mixture | None = None, *, merged: Collection[str] = (), leave: Collection[str] = ()) -> dict[str, str]:
+    """Let the adapted layers of a net compute by `gated_linear`, with the weights of its mixture, if it has one.
+
+    Parameters, module paths, `read` and `detach` are as before; trainable or not, in training or not.
+
+    Args:
+        net: with a skill, or the stack of a mixture, on it.
+        mixture: the mixture.
+        merged: modules whose weights are merged anew for every row that the gate gives weights for, instead: for many rows of the net per row of
+            weights (`Mixture.mix` says how many).
+        leave: modules to leave alone.
+
+    Returns:
+        Modules that stay on the reference path, and why.
+
+    Raises:
+        ValueError: the net's factors are weighted by a mixture that was not given.
+
+    """
+    left: dict[str, str] = {}
+    for name, adapted in adapted_layers(net).items():
+        reason = "asked for" if name in leave else why_not(adapted)
+        if adapted is None or reason:
+            left[name] = reason
+            continue
+        if mixture is None and adapted.up._forward_pre_hooks:
+            raise ValueError(f"the factors of {name!r} are weighted by a mixture: pass it to fuse as well")
+        adapted.layer.forward = partial(_forward, adapted, mixture, name, mixture is not None and name in merged)
+    return left
+
+
+def unfuse(net: nn.Module) -> None:
+    """Back to the reference path."""
+    for layer in net.modules():
+        if getattr(layer.__dict__.get("forward"), "func", None) is _forward:
+            del layer.__dict__["forward"]
+
+
+def lay_out(net: nn.Module) -> None:
+    """Lay the weights of linear layers out input first, shapes and values as before: on a CPU, products of few rows are up to twice as fast."""
+    for layer in net.modules():
+        if matrix(layer) is not None and isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.mT.contiguous().mT
+
+
+def why_not(adapted: Adapted | None) -> str:
+    """Why a layer has to stay on the reference path; empty if it can be fused."""
+    if adapted is None:
+        return "more than a linear layer"
+    weight = matrix(adapted.base)
+    if weight is None:
+        return "weights that only its own class can use"
+    return "" if weight.dtype == cast("Tensor", adapted.up.weight).dtype else "factors in another dtype"
+
+
+def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool, x: Tensor) -> Tensor:
+    weight, bias = matrix(adapted.base), cast("Tensor | None", adapted.base.bias)
+    a, b = cast("Tensor", adapted.down.weight), cast("Tensor", adapted.up.weight)
+    assert weight is not None
+    if mixture is None:
+        return gated_linear(x, weight, bias, a, b, scale=adapted.scale)
+    owner = cast("Tensor", adapted.up.owner)
+    weights = mixture.of(name, len(x))
+    if merged and weights.dim() == 2:
+        if name not in mixture.made:
+            mixture.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
+        groups = x.reshape(len(mixture.made[name]), -1, x.shape[-1])
+        y = groups @ mixture.made[name] if bias is None else torch.baddbmm(bias, groups, mixture.made[name])
+        return y.view(*x.shape[:-1], -1)
+    return gated_linear(x, weight, bias, a, b, mixture.channels(name, owner, x.shape))
+
+
+def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:
+    """`weight + A^T diag(channels) B^T` for every row of channels (G, R), (G, I, O)."""
+    return torch.baddbmm(weight.expand(len(channels), -1, -1), a.mT * channels[:, None, :], b.mT.expand(len(channels), -1, -1))
