@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from skillbank.gate import Composed, MLPGate
+from skillbank.gate import MLPGate
+from skillbank.mixture import Composed
 from skillbank.model import Batch
 from skillbank.models.diffusion import DiffusionPolicy
 from skillbank.skill import Skill
@@ -49,7 +50,7 @@ class _Level(nn.Module):
 
     def become(self, member: int, rows: int) -> None:
         """Make the stack policy `member` for batches of `rows`."""
-        self.composed.mixture.mix(self.members[member].expand(rows, -1))
+        self.composed.mixture.cell.mix(self.members[member].expand(rows, -1))
 
     def act(self, observation: Tensor) -> Tensor:
         raise NotImplementedError

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from skillbank.fit import fit, validation_loss
     from skillbank.folding import Folding, fold
     from skillbank.formats import read_lora
-    from skillbank.gate import Composed, ConstantGate, MLPGate, grow
+    from skillbank.gate import ConstantGate, MLPGate, Routes, TopK, grow
     from skillbank.learn import learn_weights, search_weights
     from skillbank.load import check_base, load
     from skillbank.localise import Graft, graft
     from skillbank.merge import dense_merge, merge, merge_adapters
+    from skillbank.mixture import Composed
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
+    from skillbank.runtime.slots import Slots
     from skillbank.search import duplicates, overlap, similar
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
@@ -43,13 +45,15 @@ _HOME = {
     "fit": ["fit", "validation_loss"],
     "folding": ["Folding", "fold"],
     "formats": ["read_lora"],
-    "gate": ["Composed", "ConstantGate", "MLPGate", "grow"],
+    "gate": ["ConstantGate", "MLPGate", "Routes", "TopK", "grow"],
     "learn": ["learn_weights", "search_weights"],
     "load": ["check_base", "load"],
     "localise": ["Graft", "graft"],
     "merge": ["dense_merge", "merge", "merge_adapters"],
+    "mixture": ["Composed"],
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
+    "runtime.slots": ["Slots"],
     "search": ["duplicates", "overlap", "similar"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
@@ -69,8 +73,11 @@ __all__ = [
     "MLPGate",
     "Model",
     "Ref",
+    "Routes",
     "Skill",
+    "Slots",
     "Task",
+    "TopK",
     "attach",
     "check_base",
     "check_model",

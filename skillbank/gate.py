@@ -1,4 +1,4 @@
-"""Context-aware composition: a gate turns the context into one weight per skill, and the weights multiply the rank channels of one stack.
+"""Gates: networks that turn the context into one weight per skill.
 
 A weight of 1 is the skill as it was trained, 0 is the base: scales are folded into the skills, so a gate never sees them.
 
@@ -7,18 +7,15 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import attach, channel_layers, mark
-from skillbank.model import Batch, ModelModule
-from skillbank.skill import Skill, stack
-
-__all__ = ["Composed", "ConstantGate", "MLPGate", "Mixed", "Mixture", "grow"]
+__all__ = ["ConstantGate", "MLPGate", "Routes", "TopK", "grow"]
 
 Init = Literal["newest", "uniform", "zero", "official"]
 
@@ -128,159 +125,47 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
     return grown.to(old.weight)
 
 
-class Mixture:
-    """The one mutable cell: weights (B, K) or (B, T, K), or such by module, that the adapted layers multiply into their rank channels.
-
-    Where every row of a batch becomes `repeats` rows of the net, next to each other, as when several actions are sampled for an observation, `mix`
-    is told so; a layer may then run on either.
-    """
-
-    def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
-        attach(net, stack(skills))
-        self.count, self.mark = len(skills), mark(net)
-        self.mix(None)
-        for name, (layer, axis) in channel_layers(net).items():
-            ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
-            owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
-            layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
-            layer.register_forward_pre_hook(self._hook(name, axis))
-
-    def mix(self, weights: Tensor | Mapping[str, Tensor] | None, repeats: int = 1) -> None:
-        """Set the weights for what the net runs on next."""
-        self.weights, self.repeats = weights, repeats
-        self.made: dict[str, Tensor] = {}
-        """What the fast path makes of these weights once per module."""
-
-    def of(self, name: str, rows: int) -> Tensor:
-        """Weights (B, K) or (B, T, K) of a module that runs on this many rows: B, or B times the repeats.
-
-        Raises:
-            RuntimeError: there are no weights yet.
-            ValueError: it runs on other rows.
-
-        """
-        if self.weights is None:
-            raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
-        weights = self.weights if isinstance(self.weights, Tensor) else self.weights[name]
-        if rows not in (len(weights), len(weights) * self.repeats):
-            raise ValueError(f"module {name!r} runs on {rows} rows, the gate gave weights for {len(weights)}: it must keep the batch")
-        return weights
-
-    def channels(self, name: str, owner: Tensor, shape: torch.Size, axis: int = -1) -> Tensor:
-        """Weights of the rank channels of a module, as they multiply into channels of this shape (B, ..., R), or (B, R, ...) for convolutions.
-
-        Raises:
-            RuntimeError: as `of`.
-            ValueError: as `of`, or the module does not run on the tokens that the gate gave weights for.
-
-        """
-        weights = self.of(name, shape[0])
-        if shape[0] > len(weights):
-            weights = weights.repeat_interleave(self.repeats, 0)
-        if weights.dim() == 2:
-            aligned = [1] * len(shape)
-            aligned[0], aligned[axis] = len(weights), len(owner)
-            return weights[:, owner].view(aligned)
-        if axis != -1 or weights.shape[1:-1] != shape[1:-1]:
-            runs, given = tuple(shape[:-1]), tuple(weights.shape[:-1])
-            raise ValueError(f"module {name!r} runs on rows and tokens {runs}, the gate gave weights for {given}: gate per sample")
-        return weights[..., owner]
-
-    def _hook(self, name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-        def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            (hidden,) = inputs
-            return hidden * self.channels(name, cast("Tensor", layer.owner), hidden.shape, axis).to(hidden.dtype)
-
-        return weight
-
-
-class Mixed(nn.Module):
-    """What models under a mixture share: the base answers, once the weights for the batch are set. A `Model` with a `forward`."""
-
-    model: ModelModule
-    mixture: Mixture
-
-    @property
-    def net(self) -> nn.Module:
-        """Net of the base, with the stack on it."""
-        return self.model.net
-
-    @torch.no_grad()
-    def context(self, batch: Batch) -> Tensor:
-        """Context of the base model."""
-        return self.model.context(batch)
-
-    @torch.no_grad()
-    def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
-        """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
-        self._mix(batch, samples or 1)
-        options = {} if samples is None else {"samples": samples}
-        return self.model.predict(batch, **options)
-
-    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
-        """Set the mixture's weights for a batch."""
-        raise NotImplementedError
-
-
-class Composed(Mixed):
-    """Base, skills and gate as one `Model`: `W x + B (expand(weights) * (A x))` in every adapted layer.
-
-    Skills and base are frozen and stay in eval mode (no dropout); the gate's parameters are the ones to train.
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """A few weighted skills per row, of many: what a gate gives that chooses.
 
     Args:
-        model: the base, changed in place: the stack of the skills is attached to its net.
-        gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K).
-        skills: K skills in the gate's order.
-        regulariser: added to the loss. `none`; `mean` pulls the batch mean of all weights to 1 / K; `code` is the official code's: mean of all
-            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code).
-        scale: the multiplier that the skills were trained with; used by the regularisers only.
+        index: (B, k) or (B, T, k), skills from 0 to K - 1; one that is named twice counts twice.
+        weights: of the same shape.
 
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        gate: nn.Module,
-        skills: Sequence[Skill],
-        *,
-        regulariser: Literal["none", "mean", "code"] = "none",
-        scale: float = 16.0,
-    ) -> None:
+    index: Tensor
+    weights: Tensor
+
+    def dense(self, count: int) -> Tensor:
+        """Weights (B, K) or (B, T, K) of all K skills, 0 where a row does not name one."""
+        return self.weights.new_zeros(*self.index.shape[:-1], count).scatter_add(-1, self.index, self.weights)
+
+    def repeat(self, repeats: int) -> Routes:
+        """Every row `repeats` times, next to each other."""
+        return Routes(self.index.repeat_interleave(repeats, 0), self.weights.repeat_interleave(repeats, 0))
+
+
+class TopK(nn.Module):
+    """The k weights of a gate that are largest in magnitude, with their signs; all other skills have none, and cost nothing in `Slots`.
+
+    Args:
+        gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K).
+        k: 1 to K.
+
+    """
+
+    def __init__(self, gate: nn.Module, k: int) -> None:
         super().__init__()
-        if regulariser not in ("none", "mean", "code"):
-            raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
-        self.model, self.gate = cast("ModelModule", model), gate
-        self.regulariser, self.scale = regulariser, scale
-        self.mixture = Mixture(self.model.net, skills)
-        self.model.requires_grad_(False).eval()
+        if k < 1:
+            raise ValueError(f"a gate has to choose at least one skill, got k={k}")
+        self.gate, self.k = gate, k
 
-    def train(self, mode: bool = True) -> Composed:
-        """Switch the gate only."""
-        self.gate.train(mode)
-        self.training = mode
-        return self
-
-    def weights(self, batch: Batch) -> Tensor:
-        """Weights (B, K) or (B, T, K) that the gate gives for a batch."""
-        return self.gate(self.model.context(batch))
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Loss of the base model under the gate's weights, plus the regulariser, ()."""
-        weights = self._mix(batch)
-        loss = self.model(batch)
-        if self.regulariser == "none":
-            return loss
-        target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
-        penalty = (weights.mean() - target).square()
-        if self.regulariser == "code":
-            penalty = penalty + (weights[..., -1].mean() - 1).square()
-        return loss + self.scale**2 * penalty
-
-    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
-        if mark(self.net) is not self.mixture.mark:
-            raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
-        weights = self.weights(batch)
-        if weights.shape[-1] != self.mixture.count:
-            raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
-        self.mixture.mix(weights, repeats)
-        return weights
+    def forward(self, context: Tensor) -> Routes:
+        """Routes of a context; gradients reach the weights that were chosen."""
+        weights = self.gate(context)
+        if self.k > weights.shape[-1]:
+            raise ValueError(f"the gate has {weights.shape[-1]} skills to choose from, k is {self.k}")
+        index = weights.abs().topk(self.k, dim=-1).indices
+        return Routes(index, weights.gather(-1, index))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.fit import Fit, fit, validation_loss
-from skillbank.gate import Mixed, Mixture
+from skillbank.mixture import Mixed, Mixture
 from skillbank.model import Batch, Batches, Model, ModelModule
 from skillbank.skill import Skill, modules_of
 
@@ -72,7 +72,7 @@ class Weighted(Mixed):
     def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
         rows = len(next(iter(batch.values())))
         each = [row.expand(rows, -1) for row in self.weights]
-        self.mixture.mix(each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True)), repeats)
+        self.mixture.cell.mix(each[0] if self.modules_of_skills is None else dict(zip(self.modules_of_skills, each, strict=True)), repeats)
         return self.weights
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from skillbank.attach import base_weights
 from skillbank.bank import Bank, Base, Checkpoint, Composition, base_fingerprint
-from skillbank.gate import Composed
 from skillbank.merge import merge
+from skillbank.mixture import Composed, Mixture
 from skillbank.model import ModelModule
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.fused import lay_out
@@ -162,11 +162,10 @@ def _compose(bank: Bank, composition: Composition, wanted: Wanted, samples: int)
     constant = getattr(gate, "constant", None)
     if constant is not None and wanted is None:
         return model, _always(model, stack(skills, constant), None)
-    composed = Composed(model, gate, skills)
-    repeats = samples * getattr(model, "steps", 1)
-    plan = plan_gated(model.net, composed.mixture, repeats=repeats, wanted=wanted)
-    carry_out(plan, model.net, composed.mixture)
-    return cast("ModelModule", composed), plan
+    mixture = Mixture(model.net, skills)
+    plan = plan_gated(model.net, mixture, repeats=samples * getattr(model, "steps", 1), wanted=wanted)
+    carry_out(plan, model.net, mixture)
+    return cast("ModelModule", Composed(model, gate, mixture)), plan
 
 
 def _always(model: ModelModule, skill: Skill, wanted: Wanted) -> Plan:

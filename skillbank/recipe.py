@@ -21,9 +21,10 @@ from skillbank.bank import Bank, Base, Card, Composition, Ref
 from skillbank.bank.card import tool_versions
 from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
-from skillbank.gate import Composed, MLPGate
+from skillbank.gate import MLPGate
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
+from skillbank.mixture import Composed
 from skillbank.model import ModelModule, Task
 from skillbank.skill import Skill, distance, stack
 

@@ -184,9 +184,10 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
 
     """
     from skillbank.bank import Composition
-    from skillbank.gate import Composed
+    from skillbank.gate import Routes
     from skillbank.load import load, skills_on_base
     from skillbank.merge import merge
+    from skillbank.mixture import Composed
     from skillbank.skill import cosine
 
     card, model, composition = bank.card(ref), load(ref, bank), bank.get(ref)
@@ -203,7 +204,8 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
     weights = None
     if isinstance(model, Composed):
         with torch.no_grad():
-            weights = model.weights({"observation": torch.from_numpy(episode.observations)}).numpy()
+            given = model.weights({"observation": torch.from_numpy(episode.observations)})
+            weights = (given.dense(model.mixture.count) if isinstance(given, Routes) else given).numpy()
     metrics = folder / METRICS
     report = Report(
         title=ref,

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from skillbank.attach import attach, fresh, read
-from skillbank.gate import Mixture
+from skillbank.mixture import Mixture
 from skillbank.runtime.fused import fuse, gated_linear, lay_out, unfuse
 from skillbank.skill import Skill
 
@@ -41,7 +41,7 @@ def skills_of(count, *, dtype=torch.float64, seed=0):
 
 
 def gradients(net, x, weights, mixture, trainable):
-    mixture.mix(weights)
+    mixture.cell.mix(weights)
     output = net(x)
     wanted = [x, weights, *trainable]
     return [output, *torch.autograd.grad(output.square().sum(), wanted)]
@@ -75,7 +75,7 @@ def test_fused_and_reference_path_agree_in_values_and_gradients(shape, count, fr
 def test_weights_by_module_reach_their_module():
     net = Net()
     mixture = Mixture(net, skills_of(3, dtype=torch.float32))
-    mixture.mix({name: torch.randn(4, 3) for name in SIZES})
+    mixture.cell.mix({name: torch.randn(4, 3) for name in SIZES})
     x = torch.randn(4, 5)
     expected = net(x)
     fuse(net, mixture)
@@ -157,11 +157,11 @@ def test_a_copy_of_a_fused_net_has_factors_and_weights_of_its_own():
     net = Net()
     mixture = Mixture(net, skills_of(2, dtype=torch.float32))
     fuse(net, mixture)
-    mixture.mix(torch.ones(4, 2))
+    mixture.cell.mix(torch.ones(4, 2))
     x = torch.randn(4, 5)
     other = copy.deepcopy(net)
     expected = net(x)
-    mixture.mix(torch.zeros(4, 2))
+    mixture.cell.mix(torch.zeros(4, 2))
     assert torch.equal(other(x), expected)
     with torch.no_grad():
         for p in net.parameters():
@@ -195,17 +195,17 @@ def test_rows_that_share_their_weights(merged, repeats):
     net = Net().double()
     mixture = Mixture(net, skills_of(5))
     weights, x = torch.randn(3, 5).double().requires_grad_(), torch.randn(3 * repeats, 5).double()
-    mixture.mix(weights.repeat_interleave(repeats, 0))
+    mixture.cell.mix(weights.repeat_interleave(repeats, 0))
     expected = net(x)
     gradient = torch.autograd.grad(expected.square().sum(), weights)[0]
-    mixture.mix(weights, repeats)
+    mixture.cell.mix(weights, repeats)
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
-    fuse(net, mixture, merged)
+    fuse(net, mixture, merged=merged)
     for _ in range(2):
         found = net(x)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), weights)[0], gradient, rtol=1e-12, atol=1e-12)
-    mixture.mix(weights * 0, repeats)
+    mixture.cell.mix(weights * 0, repeats)
     assert not torch.allclose(net(x), expected)
     with pytest.raises(ValueError, match="'first' runs on 5 rows, the gate gave weights for 3"):
         net(x[:1].expand(5, -1))

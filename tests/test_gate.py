@@ -176,10 +176,10 @@ def test_errors_name_the_module_and_the_sizes():
     composed = Composed(policy, MLPGate(5, 2), parts)
     with pytest.raises(RuntimeError, match="the mixture has no weights yet"):
         policy(tiny_batch())
-    composed.mixture.mix(torch.ones(1, 2))
+    composed.mixture.cell.mix(torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"module 'time.1' runs on 6 rows, the gate gave weights for 1"):
         policy(tiny_batch())
-    composed.mixture.mix(torch.ones(6, 4, 2))
+    composed.mixture.cell.mix(torch.ones(6, 4, 2))
     with pytest.raises(ValueError, match=r"module 'time.1' runs on rows and tokens \(6,\), the gate gave weights for \(6, 4\)"):
         policy(tiny_batch())
     composed.gate = MLPGate(5, 3)

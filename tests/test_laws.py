@@ -27,7 +27,7 @@ def output(skill=None):
 def gated(weights, skills=SKILLS):
     """Output of the stack under constant weights per sample (B, K)."""
     composed = Composed(copy.deepcopy(POLICY), ConstantGate(5, len(skills)), skills)
-    composed.mixture.mix(torch.as_tensor(weights, dtype=torch.float32).expand(6, len(skills)))
+    composed.mixture.cell.mix(torch.as_tensor(weights, dtype=torch.float32).expand(6, len(skills)))
     with torch.no_grad():
         return composed.net(*net_inputs())
 
@@ -78,7 +78,7 @@ def test_the_stack_equals_a_loop_over_skills_in_values_and_gradients():
     inputs = [x.double() if x.is_floating_point() else x for x in net_inputs()]
     weights = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     composed = Composed(copy.deepcopy(policy), ConstantGate(5, 3), skills)
-    composed.mixture.mix(weights)
+    composed.mixture.cell.mix(weights)
     composed.net(*inputs).square().sum().backward()
     looped = weights.detach().clone().requires_grad_()
 

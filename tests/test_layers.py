@@ -21,7 +21,7 @@ FILES = {
 
 ORDER = [
     *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics", "localise"),
-    *("merge", "bank", "gate", "runtime", "load", "shards", "exchange", "search", "artifacts"),
+    *("merge", "bank", "gate", "mixture", "runtime", "load", "shards", "exchange", "search", "artifacts"),
     *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
@@ -54,6 +54,7 @@ HOMES = {
     "safetensors": {"tensors", "bank.records"},
     "tqdm": {"fit"},
     "transformers": {"attach", "shards"},
+    "triton": {"runtime.kernels"},
     "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},
 }

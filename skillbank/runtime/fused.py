@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import Adapted, adapted_layers, matrix
-from skillbank.gate import Mixture
+from skillbank.mixture import Cell, Mixture
 
 __all__ = ["fuse", "gated_linear", "lay_out", "unfuse", "why_not"]
 
@@ -100,7 +100,7 @@ def fuse(net: nn.Module, mixture: Mixture | None = None, *, merged: Collection[s
             continue
         if mixture is None and adapted.up._forward_pre_hooks:
             raise ValueError(f"the factors of {name!r} are weighted by a mixture: pass it to fuse as well")
-        adapted.layer.forward = partial(_forward, adapted, mixture, name, mixture is not None and name in merged)
+        adapted.layer.forward = partial(_forward, adapted, None if mixture is None else mixture.cell, name, name in merged)
     return left
 
 
@@ -128,21 +128,20 @@ def why_not(adapted: Adapted | None) -> str:
     return "" if weight.dtype == cast("Tensor", adapted.up.weight).dtype else "factors in another dtype"
 
 
-def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool, x: Tensor) -> Tensor:
+def _forward(adapted: Adapted, cell: Cell | None, name: str, merged: bool, x: Tensor) -> Tensor:
     weight, bias = matrix(adapted.base), cast("Tensor | None", adapted.base.bias)
     a, b = cast("Tensor", adapted.down.weight), cast("Tensor", adapted.up.weight)
     assert weight is not None
-    if mixture is None:
+    if cell is None:
         return gated_linear(x, weight, bias, a, b, scale=adapted.scale)
-    owner = cast("Tensor", adapted.up.owner)
-    weights = mixture.of(name, len(x))
-    if merged and weights.dim() == 2:
-        if name not in mixture.made:
-            mixture.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
-        groups = x.reshape(len(mixture.made[name]), -1, x.shape[-1])
-        y = groups @ mixture.made[name] if bias is None else torch.baddbmm(bias, groups, mixture.made[name])
+    owner, weights = cast("Tensor", adapted.up.owner), cell.of(name, len(x))
+    if merged and isinstance(weights, Tensor) and weights.dim() == 2:
+        if name not in cell.made:
+            cell.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
+        groups = x.reshape(len(weights), -1, x.shape[-1])
+        y = groups @ cell.made[name] if bias is None else torch.baddbmm(bias, groups, cell.made[name])
         return y.view(*x.shape[:-1], -1)
-    return gated_linear(x, weight, bias, a, b, mixture.channels(name, owner, x.shape))
+    return gated_linear(x, weight, bias, a, b, cell.channels(name, owner, x.shape))
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from skillbank.attach import adapted_layers, attach, base_weights, detach, factors
 from skillbank.folding import fold, unfoldable
-from skillbank.gate import Mixture
+from skillbank.mixture import Mixture
 from skillbank.runtime.fused import fuse, unfuse, why_not
 from skillbank.skill import Skill
 

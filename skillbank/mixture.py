@@ -1,0 +1,228 @@
+"""Context-aware composition: the weights that a gate gives multiply the rank channels of one stack of skills.
+
+A weight of 1 is the skill as it was trained, 0 is the base: scales are folded into the skills, so a gate never sees them.
+
+Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from skillbank.attach import attach, channel_layers, mark
+from skillbank.gate import Routes
+from skillbank.model import Batch, ModelModule
+from skillbank.skill import Skill, stack
+
+__all__ = ["Cell", "Composed", "Mixed", "Mixture", "OnNet", "Weights"]
+
+Weights = Tensor | Routes | Mapping[str, Tensor]
+
+
+class Cell:
+    """The one mutable cell: weights (B, K) or (B, T, K), or such by module, or routes, that adapted layers multiply into their rank channels.
+
+    Where every row of a batch becomes `repeats` rows of the net, next to each other, as when several actions are sampled for an observation, `mix`
+    is told so; a layer may then run on either.
+
+    Args:
+        count: K.
+
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.mix(None)
+
+    def mix(self, weights: Weights | None, repeats: int = 1) -> None:
+        """Set the weights for what the net runs on next."""
+        self.weights, self.repeats = weights, repeats
+        self.made: dict[str, Tensor] = {}
+        """What the fast path makes of these weights once per module."""
+
+    def of(self, name: str, rows: int) -> Tensor | Routes:
+        """Weights of a module that runs on this many rows: one for each, or fewer by the number of repeats.
+
+        Raises:
+            RuntimeError: there are no weights yet.
+            ValueError: it runs on other rows.
+
+        """
+        if self.weights is None:
+            raise RuntimeError("the mixture has no weights yet: call the Composed model, not its net")
+        weights = self.weights[name] if isinstance(self.weights, Mapping) else self.weights
+        given = len(weights.index if isinstance(weights, Routes) else weights)
+        if rows not in (given, given * self.repeats):
+            raise ValueError(f"module {name!r} runs on {rows} rows, the gate gave weights for {given}: it must keep the batch")
+        return weights
+
+    def channels(self, name: str, owner: Tensor, shape: torch.Size, axis: int = -1) -> Tensor:
+        """Weights of the rank channels of a module, as they multiply into channels of this shape (B, ..., R), or (B, R, ...) for convolutions.
+
+        Args:
+            name: of the module.
+            owner: (R,), which skill a channel belongs to.
+            shape: of what the module runs on, or of the channels.
+            axis: of the channels.
+
+        Raises:
+            RuntimeError: as `of`.
+            ValueError: as `of`, or the module does not run on the tokens that the gate gave weights for.
+
+        """
+        weights = self.of(name, shape[0])
+        weights = weights.dense(self.count) if isinstance(weights, Routes) else weights
+        if shape[0] > len(weights):
+            weights = weights.repeat_interleave(self.repeats, 0)
+        if weights.dim() == 2:
+            aligned = [1] * len(shape)
+            aligned[0], aligned[axis] = len(weights), len(owner)
+            return weights[:, owner].view(aligned)
+        if axis != -1 or weights.shape[1:-1] != shape[1:-1]:
+            raise ValueError(_other_tokens(name, shape, weights))
+        return weights[..., owner]
+
+    def routes(self, name: str, shape: torch.Size) -> Routes | None:
+        """Routes (N, k) for the rows and tokens (B, ..., I) of a module, or None where there are weights of all skills; raises as `channels`."""
+        routes = self.of(name, shape[0])
+        if not isinstance(routes, Routes):
+            return None
+        if shape[0] > len(routes.index):
+            routes = routes.repeat(self.repeats)
+        if routes.index.dim() == 2:
+            tokens = math.prod(shape[1:-1])
+            routes = routes if tokens == 1 else routes.repeat(tokens)
+        elif routes.index.shape[1:-1] != shape[1:-1]:
+            raise ValueError(_other_tokens(name, shape, routes.index))
+        return Routes(routes.index.flatten(0, -2), routes.weights.flatten(0, -2))
+
+
+def _other_tokens(name: str, shape: torch.Size, weights: Tensor) -> str:
+    runs, given = tuple(shape[:-1]), tuple(weights.shape[:-1])
+    return f"module {name!r} runs on rows and tokens {runs}, the gate gave weights for {given}: gate per sample"
+
+
+class Mixture:
+    """The stack of K skills on a net, every channel weighted by the cell: the reference path."""
+
+    def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
+        attach(net, stack(skills))
+        self.cell, self.count, self.mark = Cell(len(skills)), len(skills), mark(net)
+        for name, (layer, axis) in channel_layers(net).items():
+            ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
+            owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
+            layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
+            layer.register_forward_pre_hook(self._hook(name, axis))
+
+    def _hook(self, name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+        def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            (hidden,) = inputs
+            return hidden * self.cell.channels(name, cast("Tensor", layer.owner), hidden.shape, axis).to(hidden.dtype)
+
+        return weight
+
+
+class OnNet(Protocol):
+    """Skills on a net whose weights are in a cell: a `Mixture`, or the runtime's `Slots`."""
+
+    cell: Cell
+    count: int
+    mark: object | None
+
+
+class Mixed(nn.Module):
+    """What models under a mixture share: the base answers, once the weights for the batch are set. A `Model` with a `forward`."""
+
+    model: ModelModule
+    mixture: OnNet
+
+    @property
+    def net(self) -> nn.Module:
+        """Net of the base, with the stack on it."""
+        return self.model.net
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Tensor:
+        """Context of the base model."""
+        return self.model.context(batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
+        """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
+        self._mix(batch, samples or 1)
+        options = {} if samples is None else {"samples": samples}
+        return self.model.predict(batch, **options)
+
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
+        """Set the mixture's weights for a batch."""
+        raise NotImplementedError
+
+
+class Composed(Mixed):
+    """Base, skills and gate as one `Model`: `W x + B (expand(weights) * (A x))` in every adapted layer.
+
+    Skills and base are frozen and stay in eval mode (no dropout); the gate's parameters are the ones to train.
+
+    Args:
+        model: the base, changed in place: the stack of the skills is attached to its net.
+        gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K), or `Routes`.
+        skills: K skills in the gate's order, or what has them on the net already.
+        regulariser: added to the loss. `none`; `mean` pulls the batch mean of all weights to 1 / K; `code` is the official code's: mean of all
+            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code).
+        scale: the multiplier that the skills were trained with; used by the regularisers only.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: nn.Module,
+        skills: Sequence[Skill] | OnNet,
+        *,
+        regulariser: Literal["none", "mean", "code"] = "none",
+        scale: float = 16.0,
+    ) -> None:
+        super().__init__()
+        if regulariser not in ("none", "mean", "code"):
+            raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
+        self.model, self.gate = cast("ModelModule", model), gate
+        self.regulariser, self.scale = regulariser, scale
+        self.mixture: OnNet = Mixture(self.model.net, skills) if isinstance(skills, Sequence) else skills
+        self.model.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Composed:
+        """Switch the gate only."""
+        self.gate.train(mode)
+        self.training = mode
+        return self
+
+    def weights(self, batch: Batch) -> Tensor | Routes:
+        """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch."""
+        return self.gate(self.model.context(batch))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of the base model under the gate's weights, plus the regulariser, ()."""
+        weights = self._mix(batch)
+        loss = self.model(batch)
+        if self.regulariser == "none":
+            return loss
+        weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
+        target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
+        penalty = (weights.mean() - target).square()
+        if self.regulariser == "code":
+            penalty = penalty + (weights[..., -1].mean() - 1).square()
+        return loss + self.scale**2 * penalty
+
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
+        if mark(self.net) is not self.mixture.mark:
+            raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
+        weights = self.weights(batch)
+        if isinstance(weights, Tensor) and weights.shape[-1] != self.mixture.count:
+            raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
+        self.mixture.cell.mix(weights, repeats)
+        return weights
