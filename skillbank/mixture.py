@@ -8,7 +8,8 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, Protocol, cast
 
 import torch
@@ -117,14 +118,12 @@ class Mixture:
             ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
             owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
             layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
-            layer.register_forward_pre_hook(self._hook(name, axis))
+            layer.register_forward_pre_hook(partial(_weight, self.cell, name, axis))  # not a closure, which a copy would share
 
-    def _hook(self, name: str, axis: int) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-        def weight(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            (hidden,) = inputs
-            return hidden * self.cell.channels(name, cast("Tensor", layer.owner), hidden.shape, axis).to(hidden.dtype)
 
-        return weight
+def _weight(cell: Cell, name: str, axis: int, layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    (hidden,) = inputs
+    return hidden * cell.channels(name, cast("Tensor", layer.owner), hidden.shape, axis).to(hidden.dtype)
 
 
 class OnNet(Protocol):

@@ -203,3 +203,15 @@ def test_bad_arguments():
     words = Skill({"0": (torch.ones(1, 4), torch.ones(3, 1))}, frozenset({"0"}))
     with pytest.raises(ValueError, match="a gate cannot weight the embedding layer '0'"):
         Composed(embedding, MLPGate(4, 1), [words])
+
+
+def test_a_copy_has_weights_of_its_own():
+    policy = tiny_policy(temperature=0.0)
+    composed = Composed(policy, ConstantGate(5, 2, weights=[0.3, 0.9]), skills_of(policy, 2))
+    other = copy.deepcopy(composed)
+    with torch.no_grad():
+        other.gate.weights.zero_()
+    expected = composed.predict(tiny_batch())
+    assert not torch.equal(other.predict(tiny_batch()), expected)
+    assert torch.equal(other.predict(tiny_batch()), tiny_policy(temperature=0.0).predict(tiny_batch()))
+    assert torch.equal(composed.predict(tiny_batch()), expected)
