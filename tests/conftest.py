@@ -3,6 +3,7 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TQDM_DISABLE="1")
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, as numpy; read when Triton is imported, which torch does as well
 
 import gymnasium
 import numpy as np

@@ -277,7 +277,7 @@ def test_what_a_folding_cannot_hold_is_refused():
 
 
 def test_a_folding_that_is_stopped_is_taken_out(monkeypatch):
-    module = sys.modules["skillbank.attach"]
+    module = sys.modules["skillbank.folding"]
     net = tiny_policy().net
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     original, calls = module._add, []

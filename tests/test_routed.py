@@ -1,9 +1,6 @@
 """A few of many skills per row: against the loop over rows that says what it is, for both sets of operations and for slots on a net."""
 
 import copy
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported: its kernels then run on the CPU, as numpy
 
 import pytest
 import torch
