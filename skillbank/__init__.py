@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from skillbank.model import Model, Task, check_model
     from skillbank.recipe import rebuild
     from skillbank.runtime.slots import Slots
+    from skillbank.runtime.together import Together, together_batches
     from skillbank.search import duplicates, overlap, similar
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
@@ -54,6 +55,7 @@ _HOME = {
     "model": ["Model", "Task", "check_model"],
     "recipe": ["rebuild"],
     "runtime.slots": ["Slots"],
+    "runtime.together": ["Together", "together_batches"],
     "search": ["duplicates", "overlap", "similar"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
@@ -77,6 +79,7 @@ __all__ = [
     "Skill",
     "Slots",
     "Task",
+    "Together",
     "TopK",
     "attach",
     "check_base",
@@ -109,6 +112,7 @@ __all__ = [
     "search_weights",
     "similar",
     "stack",
+    "together_batches",
     "truncate",
     "validation_loss",
     "write_adapter",

@@ -7,10 +7,8 @@ last two), so a run that was killed anywhere and is started again gives the same
 from __future__ import annotations
 
 import ctypes
-import json
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,17 +19,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from skillbank.artifacts import wandb_mode
-from skillbank.model import Batch, Batches
-from skillbank.tensors import load_tensors, save_tensors
+from skillbank.model import SEED_STRIDE, Batch, Batches
+from skillbank.progress import Progress
 
 __all__ = ["Fit", "fit", "validation_loss"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Fit:
 def fit(
     model: nn.Module,
     batches: Batches,
-    params: Iterable[nn.Parameter],
+    params: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]],
     *,
     steps: int,
     lr: float = 3e-4,
@@ -89,7 +85,8 @@ def fit(
     Args:
         model: a `Model`; `forward(batch)` is the loss.
         batches: `batches(i)` yields the batches of index i, i + 1, ... on any device.
-        params: the parameters to train, all of them in `model`. All others are frozen for the time of the call.
+        params: the parameters to train, all of them in `model`, or groups of them as torch's optimisers take them: mappings with `params` and, where
+            it is another, `lr` or `weight_decay`. All others are frozen for the time of the call.
         steps: optimiser steps.
         lr: learning rate after `warmup` linear steps, then falling by a half cosine over `schedule_steps` (default: `steps`), or constant.
         weight_decay: decoupled decay.
@@ -117,30 +114,34 @@ def fit(
         FloatingPointError: the loss is not finite; the last checkpoint stands.
 
     """
-    trained = _named(model, params)
+    groups = _groups(params, lr, weight_decay)
+    trained = _named(model, [p for group in groups for p in group["params"]])
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
     settings |= {"warmup": warmup, "ema": ema, "clip": clip, "accumulate": accumulate, "precision": precision, "seed": seed}
+    if len(groups) > 1:
+        settings["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator = _accelerator(device, precision, accumulate, tracker)
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run), _restored(model):
-        optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-        state = _State(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
+        state = Progress(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
         state.resume()
         world, rank = accelerator.num_processes, accelerator.process_index
         stream = islice(batches(state.step * accumulate * world + rank), 0, None, world)
-        curve = _curve(lr, schedule, warmup, schedule_steps or steps)
+        curves = [_curve(group["lr"], schedule, warmup, schedule_steps or steps) for group in groups]
         bar = tqdm(total=steps, initial=state.step, disable=not (progress and accelerator.is_main_process), desc="fit", unit="step", mininterval=0.5)
         try:
             while state.step < steps:
-                _set_lr(optimizer, curve(state.step))
-                torch.manual_seed(((seed * 1_000_003 + state.step) * 4096 + rank) % 2**63)
+                for group, curve in zip(optimizer.param_groups, curves, strict=True):
+                    group["lr"] = curve(state.step)
+                torch.manual_seed((seed * SEED_STRIDE + state.step * 4096 + rank) % 2**63)
                 state.losses.append(_step(accelerator, wrapped, optimizer, stream, accumulate, trained.values(), clip))
                 state.advance()
                 bar.update()
                 if state.step % log_every == 0 or state.step == steps:
-                    row = _row(accelerator, state, curve(state.step - 1))
+                    row = _row(accelerator, state, curves[0](state.step - 1))
                     if validate and (state.step % validate_every < log_every or state.step == steps):
                         with state.averaged():
                             row["validation"] = validate()
@@ -174,88 +175,6 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0
     return total / rows
 
 
-class _State:
-    """What a checkpoint holds: parameters, moments, EMA, step, and the rows of the metrics file."""
-
-    def __init__(
-        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict[str, Any], folder: Path | None
-    ) -> None:
-        self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
-        self.step, self.started = 0, time.perf_counter()
-        self.rows: list[dict[str, float]] = []
-        self.losses: list[Tensor] = []
-        self.shadow = [p.detach().clone() for p in trained.values()] if ema is not None else []
-        for p in trained.values():
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    def advance(self) -> None:
-        if self.ema is not None:
-            decay = min(self.ema, (1 + self.step) / (10 + self.step))
-            get_ema_multi_avg_fn(decay)(self.shadow, [p.detach() for p in self.trained.values()], self.step)
-        self.step += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        flat = {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
-        for i, (name, p) in enumerate(self.trained.items()):
-            flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
-            if self.shadow:
-                flat[f"ema/{name}"] = self.shadow[i]
-        return flat
-
-    def save(self, accelerator: Accelerator) -> None:
-        if self.folder is None or not accelerator.is_main_process:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        notes = {"step": str(self.step), "seconds": str(self.seconds), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
-        save_tensors(self.folder / CHECKPOINT, self.tensors(), notes)
-
-    def resume(self) -> None:
-        if self.folder is None or not (self.folder / CHECKPOINT).exists():
-            return
-        stored, notes = load_tensors(self.folder / CHECKPOINT)
-        if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
-            here = {key: self.settings[key] for key in other}
-            raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
-        if missing := {key for key in self.tensors() if key not in stored}:
-            raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has no {sorted(missing)[0]!r}; use another folder")
-        with torch.no_grad():
-            for name, live in self.tensors().items():
-                if name != "losses":
-                    live.copy_(stored[name])
-        self.losses = list(stored["losses"])
-        self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
-        self.started -= float(notes["seconds"])
-        (self.folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def log(self, row: dict[str, float], accelerator: Accelerator) -> None:
-        if not math.isfinite(row["loss"]):
-            where = f"; the last checkpoint is in {self.folder}" if self.folder else ""
-            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}: lower the learning rate or clip the gradient{where}")
-        self.rows.append(row)
-        self.losses.clear()
-        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
-        if self.folder is not None and accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / METRICS).open("w" if len(self.rows) == 1 else "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """EMA in the model for the time of the block."""
-        raw = [p.detach().clone() for p in self.trained.values()]
-        self.finish()
-        yield
-        _copy(raw, self.trained.values())
-
-    def finish(self) -> None:
-        if self.shadow:
-            _copy(self.shadow, self.trained.values())
-
-
 def _step(
     accelerator: Accelerator,
     model: nn.Module,
@@ -282,9 +201,16 @@ def _step(
     return total / accumulate
 
 
-def _row(accelerator: Accelerator, state: _State, lr: float) -> dict[str, float]:
+def _row(accelerator: Accelerator, state: Progress, lr: float) -> dict[str, float]:
     loss = accelerator.reduce(torch.stack(state.losses).mean(), "mean")
     return {"step": state.step, "loss": float(loss), "lr": lr}
+
+
+def _groups(params: Iterable[Any], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters as groups of an optimiser."""
+    every = list(params)
+    groups = every if every and isinstance(every[0], Mapping) else [{"params": every}]
+    return [{"lr": lr, "weight_decay": weight_decay, **group, "params": list(group["params"])} for group in groups]
 
 
 def _named(model: nn.Module, params: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -328,17 +254,6 @@ def _curve(lr: float, schedule: str, warmup: int, length: int) -> Callable[[int]
         return lr * ramp * (0.5 * (1 + math.cos(math.pi * min(step / length, 1.0))) if schedule == "cosine" else 1.0)
 
     return at
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-@torch.no_grad()
-def _copy(source: Sequence[Tensor], target: Iterable[Tensor]) -> None:
-    for value, live in zip(source, target, strict=True):
-        live.copy_(value)
 
 
 @contextmanager

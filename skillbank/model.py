@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Batches", "Model", "ModelModule", "Task", "check_model"]
+__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Task", "check_model"]
+
+SEED_STRIDE = 1_000_003 * 4096
+"""How far apart the seeds are that two runs with seeds next to each other set at the same step."""
 
 Batch = Mapping[str, Tensor]
 """Named tensors; dimension 0 of every one is the batch size B."""

@@ -24,8 +24,9 @@ from skillbank.folding import fold
 from skillbank.gate import MLPGate
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
-from skillbank.mixture import Composed
+from skillbank.mixture import Composed, Mixture
 from skillbank.model import ModelModule, Task
+from skillbank.runtime.fused import fuse
 from skillbank.skill import Skill, distance, stack
 
 __all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "train"]
@@ -82,6 +83,7 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         for skill in foundation:
             fold(model.net, skill)
         params = fresh(model.net, **conf["lora"])
+        fuse(model.net)
         for layer in (module for module in model.net.modules() if isinstance(module, nn.Dropout)):
             layer.p = conf["dropout"]
     keys = ("task", "model", "lora", "dropout", "fit", "seed", "batch_size")
@@ -126,7 +128,9 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
         network.standardise(torch.cat([model.context(batch) for batch in islice(batches(0), 40)]))
-    composed = cast("ModelModule", Composed(model, network, skills, regulariser=conf["regulariser"]))
+    mixture = Mixture(model.net, skills)
+    fuse(model.net, mixture)
+    composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     metrics = _fit(composed, network.parameters(), conf, name, task, folder if resume else None)
     composition = Composition(base, refs, gate=gate, tensors=network.state_dict())
     return Made(composition, name, {"conf": conf, "data": task.data, "metrics": metrics}, composed, task, folder)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skillbank.fit import METRICS
+from skillbank.progress import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ FILES = {
 ORDER = [
     *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics", "localise"),
     *("merge", "bank", "gate", "mixture", "runtime", "load", "shards", "exchange", "search", "artifacts"),
-    *("fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
+    *("progress", "fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 
@@ -34,7 +34,7 @@ BANK = [
 """Reading order inside the bank."""
 
 HOMES = {
-    "accelerate": {"fit"},
+    "accelerate": {"fit", "progress"},
     "dm_control": {"tasks.environments"},
     "filelock": {"bank.sealed"},
     "fsspec": {"bank.remote"},

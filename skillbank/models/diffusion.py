@@ -192,14 +192,18 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("kept", (1 - beta).cumprod(0).float(), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Noise-prediction loss, (): the mean over B of the squared error summed over H * A, with fresh steps and fresh noise every call."""
+        """Noise-prediction loss, (): the mean of `losses`."""
+        return self.losses(batch).mean()
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Loss of every example, (B,): its weight times the squared error summed over H * A, with fresh steps and fresh noise every call."""
         observation, action = batch["observation"], batch["action"]
         self._check(observation, action)
         action = action.flatten(1)
         t = torch.randint(self.steps, (len(action),), device=action.device)
         noise = torch.randn_like(action)
         error = (self.net(self.noised(action, noise, t), observation, t) - noise).square().sum(-1)
-        return (error * batch["weight"]).mean() if "weight" in batch else error.mean()
+        return error * batch["weight"] if "weight" in batch else error
 
     def noised(self, action: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """`sqrt(kept_t) action + sqrt(1 - kept_t) noise`, (B, H * A), for integer steps t (B,)."""

@@ -25,13 +25,13 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None, scale: float) -> Tensor:
         rows = x.flatten(0, -2)
-        hidden = (rows @ a.mT).view(*x.shape[:-1], len(a))
+        hidden = _times(rows, a.mT).view(*x.shape[:-1], a.shape[-2])
         weighted = hidden * scale if channels is None else hidden * channels
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-        y.addmm_(weighted.flatten(0, -2), b.mT)
-        ctx.scale, ctx.biased = scale, bias is not None
+        _add_times(y, weighted.flatten(0, -2), b.mT)
+        ctx.scale = scale
         ctx.save_for_backward(x, weight, a, b, channels, hidden)
-        return y.view(*x.shape[:-1], len(b))
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,16 +39,34 @@ class _GatedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_a, need_b, need_channels, _ = ctx.needs_input_grad
         dy = gradients[0].flatten(0, -2)
         rows = x.flatten(0, -2)
-        before = (dy @ b).view_as(hidden)
+        before = _times(dy, b).view_as(hidden)
         after = before * ctx.scale if channels is None else before * channels
         inner = after.flatten(0, -2)
-        dx = (dy @ weight.mT).addmm_(inner, a).view_as(x) if need_x else None
+        dx = _add_times(dy @ weight.mT, inner, a).view_as(x) if need_x else None
         dweight = rows.mT @ dy if need_weight else None
         dbias = dy.sum(0) if need_bias else None
-        da = inner.mT @ rows if need_a else None
-        db = dy.mT @ (hidden * ctx.scale if channels is None else hidden * channels).flatten(0, -2) if need_b else None
+        da = _outer(inner, rows, a) if need_a else None
+        db = _outer(dy, (hidden * ctx.scale if channels is None else hidden * channels).flatten(0, -2), b) if need_b else None
         dchannels = (before * hidden).sum_to_size(channels.shape) if need_channels else None
         return dx, dweight, dbias, da, db, dchannels, None
+
+
+def _times(rows: Tensor, m: Tensor) -> Tensor:
+    """Rows times a matrix, or times one of G matrices for each G-th of them."""
+    return rows @ m if m.dim() == 2 else torch.bmm(rows.view(len(m), -1, rows.shape[-1]), m).flatten(0, 1)
+
+
+def _add_times(y: Tensor, rows: Tensor, m: Tensor) -> Tensor:
+    """Add `_times` to y, in place."""
+    if m.dim() == 2:
+        return y.addmm_(rows, m)
+    y.view(len(m), -1, y.shape[-1]).baddbmm_(rows.view(len(m), -1, rows.shape[-1]), m)
+    return y
+
+
+def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Left transposed times right, by groups where what it is the gradient of has groups."""
+    return left.mT @ right if like.dim() == 2 else torch.bmm(left.view(len(like), -1, left.shape[-1]).mT, right.view(len(like), -1, right.shape[-1]))
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -58,8 +76,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         x: (B, ..., I).
         weight: (I, O), as `nn.Linear.weight.mT` or the weight of transformers' `Conv1D`.
         bias: (O,).
-        a: (R, I).
-        b: (O, R).
+        a: (R, I), or (G, R, I), one for each G-th of the rows B.
+        b: (O, R), or (G, O, R).
         channels: weights of the rank channels in a shape that broadcasts to (B, ..., R); None for 1. With channels, `scale` must be 1.
         scale: multiplier of the factors.
 
@@ -105,9 +123,10 @@ def fuse(net: nn.Module, mixture: Mixture | None = None, *, merged: Collection[s
 
 
 def unfuse(net: nn.Module) -> None:
-    """Back to the reference path."""
+    """Take off whatever the runtime has put in the place of a layer's own function."""
     for layer in net.modules():
-        if getattr(layer.__dict__.get("forward"), "func", None) is _forward:
+        function = getattr(layer.__dict__.get("forward"), "func", None)
+        if getattr(function, "__module__", "").startswith("skillbank.runtime."):
             del layer.__dict__["forward"]
 
 

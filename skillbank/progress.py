@@ -1,0 +1,117 @@
+"""What a training run has come to: parameters, moments, EMA, step and rows, kept in a checkpoint and found again."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from skillbank.tensors import load_tensors, save_tensors
+
+__all__ = ["METRICS", "Progress"]
+
+CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+
+
+class Progress:
+    """What a checkpoint holds: parameters, moments, EMA, step, and the rows of the metrics file."""
+
+    def __init__(
+        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict[str, Any], folder: Path | None
+    ) -> None:
+        self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
+        self.step, self.started = 0, time.perf_counter()
+        self.rows: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+        self.shadow = [p.detach().clone() for p in trained.values()] if ema is not None else []
+        for p in trained.values():
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, of the runs that this one resumes as well."""
+        return time.perf_counter() - self.started
+
+    def advance(self) -> None:
+        """Count a step, and take it into the EMA."""
+        if self.ema is not None:
+            decay = min(self.ema, (1 + self.step) / (10 + self.step))
+            get_ema_multi_avg_fn(decay)(self.shadow, [p.detach() for p in self.trained.values()], self.step)
+        self.step += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by name."""
+        flat = {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
+        for i, (name, p) in enumerate(self.trained.items()):
+            flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
+            if self.shadow:
+                flat[f"ema/{name}"] = self.shadow[i]
+        return flat
+
+    def save(self, accelerator: Accelerator) -> None:
+        """Write a checkpoint."""
+        if self.folder is None or not accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        notes = {"step": str(self.step), "seconds": str(self.seconds), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
+        save_tensors(self.folder / CHECKPOINT, self.tensors(), notes)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one; a ValueError where it is another run's."""
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return
+        stored, notes = load_tensors(self.folder / CHECKPOINT)
+        if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
+            here = {key: self.settings[key] for key in other}
+            raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
+        if missing := {key for key in self.tensors() if key not in stored}:
+            raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has no {sorted(missing)[0]!r}; use another folder")
+        with torch.no_grad():
+            for name, live in self.tensors().items():
+                if name != "losses":
+                    live.copy_(stored[name])
+        self.losses = list(stored["losses"])
+        self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
+        self.started -= float(notes["seconds"])
+        (self.folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def log(self, row: dict[str, float], accelerator: Accelerator) -> None:
+        """Keep a row of the metrics; a FloatingPointError where the loss is not finite."""
+        if not math.isfinite(row["loss"]):
+            where = f"; the last checkpoint is in {self.folder}" if self.folder else ""
+            raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}: lower the learning rate or clip the gradient{where}")
+        self.rows.append(row)
+        self.losses.clear()
+        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=self.step)
+        if self.folder is not None and accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / METRICS).open("w" if len(self.rows) == 1 else "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """EMA in the model for the time of the block."""
+        raw = [p.detach().clone() for p in self.trained.values()]
+        self.finish()
+        yield
+        _copy(raw, self.trained.values())
+
+    def finish(self) -> None:
+        """Put the EMA into the model."""
+        if self.shadow:
+            _copy(self.shadow, self.trained.values())
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Iterable[Tensor]) -> None:
+    for value, live in zip(source, target, strict=True):
+        live.copy_(value)
