@@ -6,7 +6,6 @@ last two), so a run that was killed anywhere and is started again gives the same
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from skillbank.artifacts import wandb_mode
+from skillbank.memory import keep_freed_memory
 from skillbank.model import SEED_STRIDE, Batch, Batches
 from skillbank.progress import Progress
 
 __all__ = ["Fit", "fit", "validation_loss"]
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def fit(
         settings["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator = _accelerator(device, precision, accumulate, tracker)
     if accelerator.device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run), _restored(model):
         optimizer = torch.optim.AdamW(groups, fused=True)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -233,16 +231,6 @@ def _accelerator(device: str, precision: str, accumulate: int, tracker: str | No
         gradient_accumulation_steps=accumulate,
         log_with=tracker,
     )
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed; else every step gets its activations from the system anew, zeroed page by page, in a quarter of its time."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    for option, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(option, value)
 
 
 def _curve(lr: float, schedule: str, warmup: int, length: int) -> Callable[[int], float]:

@@ -62,12 +62,12 @@ class Cell:
             raise ValueError(f"module {name!r} runs on {rows} rows, the gate gave weights for {given}: it must keep the batch")
         return weights
 
-    def channels(self, name: str, owner: Tensor, shape: torch.Size, axis: int = -1) -> Tensor:
+    def channels(self, name: str, owner: Tensor | None, shape: torch.Size, axis: int = -1) -> Tensor:
         """Weights of the rank channels of a module, as they multiply into channels of this shape (B, ..., R), or (B, R, ...) for convolutions.
 
         Args:
             name: of the module.
-            owner: (R,), which skill a channel belongs to.
+            owner: (R,), which skill a channel belongs to; None for one channel per skill.
             shape: of what the module runs on, or of the channels.
             axis: of the channels.
 
@@ -80,13 +80,14 @@ class Cell:
         weights = weights.dense(self.count) if isinstance(weights, Routes) else weights
         if shape[0] > len(weights):
             weights = weights.repeat_interleave(self.repeats, 0)
-        if weights.dim() == 2:
-            aligned = [1] * len(shape)
-            aligned[0], aligned[axis] = len(weights), len(owner)
-            return weights[:, owner].view(aligned)
-        if axis != -1 or weights.shape[1:-1] != shape[1:-1]:
+        if weights.dim() > 2 and (axis != -1 or weights.shape[1:-1] != shape[1:-1]):
             raise ValueError(_other_tokens(name, shape, weights))
-        return weights[..., owner]
+        weights = weights if owner is None else weights[..., owner]
+        if weights.dim() > 2:
+            return weights
+        aligned = [1] * len(shape)
+        aligned[0], aligned[axis] = weights.shape
+        return weights.view(aligned)
 
     def routes(self, name: str, shape: torch.Size) -> Routes | None:
         """Routes (N, k) for the rows and tokens (B, ..., I) of a module, or None where there are weights of all skills; raises as `channels`."""
@@ -114,9 +115,13 @@ class Mixture:
     def __init__(self, net: nn.Module, skills: Sequence[Skill]) -> None:
         attach(net, stack(skills))
         self.cell, self.count, self.mark = Cell(len(skills)), len(skills), mark(net)
+        self.even: set[str] = set()
+        """Modules in which all skills have the same rank."""
         for name, (layer, axis) in channel_layers(net).items():
             ranks = torch.tensor([skill.ranks.get(name, 0) for skill in skills])
             owner = torch.repeat_interleave(torch.arange(len(skills)), ranks)
+            if len(set(ranks.tolist())) == 1:
+                self.even.add(name)
             layer.register_buffer("owner", owner.to(next(layer.parameters()).device), persistent=False)
             layer.register_forward_pre_hook(partial(_weight, self.cell, name, axis))  # not a closure, which a copy would share
 

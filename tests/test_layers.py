@@ -20,7 +20,8 @@ FILES = {
 }
 
 ORDER = [
-    *("words", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics", "localise"),
+    *("words", "memory", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics"),
+    "localise",
     *("merge", "bank", "gate", "mixture", "runtime", "load", "shards", "exchange", "search", "artifacts"),
     *("progress", "fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]

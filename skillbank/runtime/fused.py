@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import Adapted, adapted_layers, matrix
-from skillbank.mixture import Cell, Mixture
+from skillbank.mixture import Mixture
 
 __all__ = ["fuse", "gated_linear", "lay_out", "unfuse", "why_not"]
 
@@ -24,14 +24,10 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None, scale: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        hidden = _times(rows, a.mT).view(*x.shape[:-1], a.shape[-2])
-        weighted = hidden * scale if channels is None else hidden * channels
-        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-        _add_times(y, weighted.flatten(0, -2), b.mT)
+        y, hidden = _compute(x, weight, bias, a, b, channels, scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, a, b, channels, hidden)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,15 +36,37 @@ class _GatedLinear(torch.autograd.Function):
         dy = gradients[0].flatten(0, -2)
         rows = x.flatten(0, -2)
         before = _times(dy, b).view_as(hidden)
-        after = before * ctx.scale if channels is None else before * channels
+        after = before * ctx.scale if channels is None else _weigh(before, channels)
         inner = after.flatten(0, -2)
         dx = _add_times(dy @ weight.mT, inner, a).view_as(x) if need_x else None
         dweight = rows.mT @ dy if need_weight else None
         dbias = dy.sum(0) if need_bias else None
         da = _outer(inner, rows, a) if need_a else None
-        db = _outer(dy, (hidden * ctx.scale if channels is None else hidden * channels).flatten(0, -2), b) if need_b else None
-        dchannels = (before * hidden).sum_to_size(channels.shape) if need_channels else None
+        db = _outer(dy, (hidden * ctx.scale if channels is None else _weigh(hidden, channels)).flatten(0, -2), b) if need_b else None
+        dchannels = None
+        if need_channels:
+            each = before * hidden
+            each = each if channels.shape[-1] == each.shape[-1] else each.unflatten(-1, (channels.shape[-1], -1)).sum(-1)
+            dchannels = each.sum_to_size(channels.shape)
         return dx, dweight, dbias, da, db, dchannels, None
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Result, and A x."""
+    flat = x.dim() == 2
+    rows = x if flat else x.flatten(0, -2)
+    hidden = _times(rows, a.mT)
+    hidden = hidden if flat else hidden.view(*x.shape[:-1], -1)
+    weighted = hidden * scale if channels is None else _weigh(hidden, channels)
+    y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    _add_times(y, weighted if flat else weighted.flatten(0, -2), b.mT)
+    return y if flat else y.view(*x.shape[:-1], -1), hidden
+
+
+def _weigh(hidden: Tensor, channels: Tensor) -> Tensor:
+    """Hidden (B, ..., R) times weights of R channels, or of C times R / C channels next to each other, which are not copied for that."""
+    count = channels.shape[-1]
+    return hidden * channels if count in (1, hidden.shape[-1]) else (hidden.unflatten(-1, (count, -1)) * channels[..., None]).flatten(-2)
 
 
 def _times(rows: Tensor, m: Tensor) -> Tensor:
@@ -78,7 +96,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         bias: (O,).
         a: (R, I), or (G, R, I), one for each G-th of the rows B.
         b: (O, R), or (G, O, R).
-        channels: weights of the rank channels in a shape that broadcasts to (B, ..., R); None for 1. With channels, `scale` must be 1.
+        channels: weights (B, ..., C) of the rank channels, C a divisor of R, each for R / C of them, next to each other; other dimensions may be 1.
+            None for 1. With channels, `scale` must be 1.
         scale: multiplier of the factors.
 
     """
@@ -87,6 +106,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
         x, weight, a, b = (tensor.to(dtype) for tensor in (x, weight, a, b))
         bias = None if bias is None else bias.to(dtype)
     channels = None if channels is None else channels.to(a.dtype)
+    if not torch.is_grad_enabled():
+        return _compute(x, weight, bias, a, b, channels, scale)[0]
     result: Tensor = _GatedLinear.apply(x, weight, bias, a, b, channels, scale)  # type: ignore[no-untyped-call]
     return result
 
@@ -118,7 +139,7 @@ def fuse(net: nn.Module, mixture: Mixture | None = None, *, merged: Collection[s
             continue
         if mixture is None and adapted.up._forward_pre_hooks:
             raise ValueError(f"the factors of {name!r} are weighted by a mixture: pass it to fuse as well")
-        adapted.layer.forward = partial(_forward, adapted, None if mixture is None else mixture.cell, name, name in merged)
+        adapted.layer.forward = partial(_forward, adapted, mixture, name, name in merged)
     return left
 
 
@@ -147,20 +168,20 @@ def why_not(adapted: Adapted | None) -> str:
     return "" if weight.dtype == cast("Tensor", adapted.up.weight).dtype else "factors in another dtype"
 
 
-def _forward(adapted: Adapted, cell: Cell | None, name: str, merged: bool, x: Tensor) -> Tensor:
+def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool, x: Tensor) -> Tensor:
     weight, bias = matrix(adapted.base), cast("Tensor | None", adapted.base.bias)
     a, b = cast("Tensor", adapted.down.weight), cast("Tensor", adapted.up.weight)
     assert weight is not None
-    if cell is None:
+    if mixture is None:
         return gated_linear(x, weight, bias, a, b, scale=adapted.scale)
-    owner, weights = cast("Tensor", adapted.up.owner), cell.of(name, len(x))
-    if merged and isinstance(weights, Tensor) and weights.dim() == 2:
+    cell, owner = mixture.cell, cast("Tensor", adapted.up.owner)
+    if merged and isinstance(weights := cell.of(name, len(x)), Tensor) and weights.dim() == 2:
         if name not in cell.made:
             cell.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
         groups = x.reshape(len(weights), -1, x.shape[-1])
         y = groups @ cell.made[name] if bias is None else torch.baddbmm(bias, groups, cell.made[name])
         return y.view(*x.shape[:-1], -1)
-    return gated_linear(x, weight, bias, a, b, cell.channels(name, owner, x.shape))
+    return gated_linear(x, weight, bias, a, b, cell.channels(name, None if name in mixture.even else owner, x.shape))
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:

@@ -35,8 +35,6 @@ class Slots(nn.Module):
 
     """
 
-    owner: Tensor
-
     def __init__(self, net: nn.Module, count: int, *, rank: int, modules: Sequence[str] | None = None) -> None:
         super().__init__()
         if mark(net) is not None:
@@ -56,7 +54,6 @@ class Slots(nn.Module):
             for factors, width in ((self.a, weight.shape[0]), (self.b, weight.shape[1])):
                 factors.append(nn.Parameter(weight.new_zeros(count, rank, width), requires_grad=False))
             layer.forward = partial(_forward, layer, self, len(self.a) - 1)
-        self.register_buffer("owner", torch.arange(count, device=self.a[0].device).repeat_interleave(rank), persistent=False)
 
     @torch.no_grad()
     def put(self, slot: int, skill: Skill) -> None:
@@ -79,15 +76,17 @@ class Slots(nn.Module):
                 raise ValueError(
                     f"module {name!r} of the skill has rank {skill.ranks[name]}, slots hold {self.rank}: make them larger, or truncate it"
                 )
-        for i, name in enumerate(self.names):
-            rank = skill.ranks.get(name, 0)
+        ranks = skill.ranks
+        for name, a, b in zip(self.names, self.a, self.b, strict=True):
+            rank = ranks.get(name, 0)
             if rank:
-                a, b = skill[name]
-                self.a[i][slot, :rank].copy_(a)
-                self.b[i][slot, :rank].copy_(b.mT)
-            self.a[i][slot, rank:].zero_()
-            self.b[i][slot, rank:].zero_()
-        self.ranks[slot] = skill.ranks
+                down, up = skill[name]
+                a[slot, :rank].copy_(down)
+                b[slot, :rank].copy_(up.mT)
+            if rank < self.rank:
+                a[slot, rank:].zero_()
+                b[slot, rank:].zero_()
+        self.ranks[slot] = ranks
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -120,6 +119,6 @@ def _forward(layer: nn.Module, slots: Slots, place: int, x: Tensor) -> Tensor:
     name = slots.names[place]
     routes = slots.cell.routes(name, x.shape)
     if routes is None:
-        return gated_linear(x, weight, bias, a.flatten(0, 1), b.flatten(0, 1).mT, slots.cell.channels(name, slots.owner, x.shape))
+        return gated_linear(x, weight, bias, a.flatten(0, 1), b.flatten(0, 1).mT, slots.cell.channels(name, None, x.shape))
     y = nn.functional.linear(x, weight.mT, bias)
     return y + routed(x.flatten(0, -2), a, b, routes.index, routes.weights).view_as(y)
