@@ -179,11 +179,16 @@ def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool,
         if name not in cell.made:
             cell.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
         groups = x.reshape(len(weights), -1, x.shape[-1])
-        y = groups @ cell.made[name] if bias is None else torch.baddbmm(bias, groups, cell.made[name])
+        if len(weights) == 1:
+            y = nn.functional.linear(groups[0], cell.made[name][0].mT, bias)
+        else:
+            y = groups @ cell.made[name] if bias is None else torch.baddbmm(bias, groups, cell.made[name])
         return y.view(*x.shape[:-1], -1)
     return gated_linear(x, weight, bias, a, b, cell.channels(name, None if name in mixture.even else owner, x.shape))
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:
     """`weight + A^T diag(channels) B^T` for every row of channels (G, R), (G, I, O)."""
+    if len(channels) == 1:
+        return torch.addmm(weight, a.mT * channels, b.mT)[None]
     return torch.baddbmm(weight.expand(len(channels), -1, -1), a.mT * channels[:, None, :], b.mT.expand(len(channels), -1, -1))

@@ -1,0 +1,201 @@
+"""A training step of a skill on the walker's policy, and eight skills at once; ours beside PEFT and the same formulas in JAX.
+
+python -m benchmarks.training                   256 and 2048 examples, on one and two threads; stored in benchmarks/results/training.jsonl
+python -m benchmarks.training --quick           few rounds of the first, on one thread; stores nothing
+python -m benchmarks.training --from-results    the stored tables
+
+A step is the noise-prediction loss, its gradient, AdamW and the EMA, for factors of rank 8 on all ten linear layers (70,432 of 1.7 million
+parameters), in float32, without dropout. "PEFT" is `get_peft_model` on the same network of torch's own modules, with torch's AdamW; "reference" is
+our model on PEFT's layers, "ours" what `train.py` runs, "compiled" that through torch.compile. "limit" is the products with the frozen weights
+alone, once forward and once back. Of eight at once, every one has its 256 examples, seed and optimiser state; its losses are those of a run of its
+own (tests/test_together.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import skillbank as sb
+from benchmarks import stored
+from benchmarks.policy import on_threads
+from benchmarks.timing import paired
+from skillbank.models.diffusion import DiffusionPolicy, Mish
+from skillbank.report import markdown
+from skillbank.runtime.fused import fuse
+
+RESULTS = Path(__file__).parent / "results" / "training.jsonl"
+RANK, SCALE, LR, DECAY = 8, 16.0, 1e-3, 1e-4
+AT_ONCE = 8
+
+
+def policy() -> DiffusionPolicy:
+    """The walker's, with weights as they start."""
+    torch.manual_seed(0)
+    return DiffusionPolicy(24, 6, dropout=0.0)
+
+
+def batch_of(rows: int) -> dict[str, Tensor]:
+    """Examples."""
+    return {"observation": torch.randn(rows, 24), "action": torch.rand(rows, 1, 6) * 2 - 1}
+
+
+def stepping(model: nn.Module, params: Sequence[nn.Parameter], batch: dict[str, Tensor], *, fused: bool = True) -> Callable[[], None]:
+    """One step as `fit` takes it."""
+    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=fused or None)
+    shadow, average = [p.detach().clone() for p in params], get_ema_multi_avg_fn(0.999)
+
+    def step() -> None:
+        model(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average(shadow, [p.detach() for p in params], 1)
+
+    return step
+
+
+def peft(batch: dict[str, Tensor]) -> Callable[[], None]:
+    """The same with PEFT's model and torch's own modules."""
+    model = policy()
+    for name, module in list(model.net.named_modules()):
+        if isinstance(module, Mish):
+            parent, _, child = name.rpartition(".")
+            setattr(model.net.get_submodule(parent), child, nn.Mish())
+    targets = [name for name, module in model.net.named_modules() if isinstance(module, nn.Linear)]
+    net: Any = get_peft_model(model.net, LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets))
+    return stepping(model, [p for p in net.parameters() if p.requires_grad], batch, fused=False)
+
+
+def ours(batch: dict[str, Tensor], *, fast: bool = True, compiled: bool = False) -> Callable[[], None]:
+    """Our own."""
+    model = policy().requires_grad_(False)
+    params = sb.fresh(model.net, rank=RANK, scale=SCALE)
+    for p in params:
+        p.requires_grad_(True)
+    if fast:
+        fuse(model.net)
+    return stepping(torch.compile(model, dynamic=False) if compiled else model, params, batch)  # type: ignore[arg-type]
+
+
+def limit(rows: int) -> Callable[[], None]:
+    """Products with the frozen weights, forward and back; only the last 128 inputs of `enter` need a gradient, those of the first layer none."""
+    net = policy().net
+    layers = {name: layer.weight.detach() for name, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+    inputs = {name: torch.randn(rows, weight.shape[1]) for name, weight in layers.items()}
+    outputs = {name: torch.randn(rows, weight.shape[0]) for name, weight in layers.items()}
+
+    def products() -> None:
+        for name, weight in layers.items():
+            inputs[name] @ weight.mT
+            if name != "time.1":
+                outputs[name] @ (weight[:, -128:] if name == "enter" else weight)
+
+    return products
+
+
+def in_jax(batch: dict[str, Tensor]) -> Callable[[], None]:
+    """The twin's step."""
+    import jax
+
+    from benchmarks.twin import Twin
+
+    model = policy()
+    sb.fresh(model.net, rank=RANK, scale=1.0)
+    start = sb.read(model.net)
+    twin = Twin(policy(), [start])
+    state, key = twin.state(SCALE), jax.random.PRNGKey(0)
+    observation, action = (jax.numpy.asarray(batch[name].flatten(1).numpy()) for name in ("observation", "action"))
+    held: list[Any] = [state, key]
+
+    def step() -> None:
+        held[1], own = jax.random.split(held[1])
+        held[0], value = twin.step(twin.base, held[0], observation, action, own)
+        value.block_until_ready()
+
+    return step
+
+
+def one_skill(rows: int) -> dict[str, Callable[[], None]]:
+    """Ways to train one skill."""
+    batch = batch_of(rows)
+    found = {"limit": limit(rows), "PEFT": peft(batch), "reference": ours(batch, fast=False), "ours": ours(batch)}
+    found["compiled"] = ours(batch, compiled=True)
+    if importlib.util.find_spec("jax"):
+        found["JAX"] = in_jax(batch)
+    return found
+
+
+def eight_skills(rows: int) -> dict[str, Callable[[], None]]:
+    """Ways to train eight."""
+    together = sb.Together(policy(), list(range(AT_ONCE)), ranks=RANK, scales=SCALE)
+    joined = {key: torch.cat([batch_of(rows)[key] for _ in range(AT_ONCE)]) for key in ("observation", "action")}
+    batch = batch_of(rows)
+    runs = {"PEFT, one by one": [peft(batch) for _ in range(AT_ONCE)], "ours, one by one": [ours(batch) for _ in range(AT_ONCE)]}
+    in_a_row: dict[str, Callable[[], None]] = {name: (lambda steps=steps: [step() for step in steps]) for name, steps in runs.items()}  # type: ignore[misc]
+    return {"limit": limit(AT_ONCE * rows), "ours": stepping(together, list(together.skills.parameters()), joined), **in_a_row}
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """Rows for this process's number of threads."""
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    tables: dict[str, Callable[[], dict[str, Callable[[], None]]]] = {
+        "one skill, 256 examples": partial(one_skill, 256),
+        "one skill, 2048 examples": partial(one_skill, 2048),
+        "eight skills, 256 examples each": partial(eight_skills, 256),
+    }
+    rows = []
+    for table, make in list(tables.items())[: 1 if quick else None]:
+        with warnings.catch_warnings(action="ignore"):
+            times = paired(make(), rounds=3 if quick else 30 if table == "one skill, 256 examples" else 12)
+        for who, time in times.items():
+            rows.append({"table": table, "threads": threads, "who": who} | {key: 1e3 * value for key, value in time.items()})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds, and how many times PEFT's step takes as long."""
+    parts = []
+    for table in dict.fromkeys(row["table"] for row in rows):
+        lines = []
+        for threads in dict.fromkeys(row["threads"] for row in rows):
+            chosen = {row["who"]: row["seconds"] for row in rows if (row["table"], row["threads"]) == (table, threads)}
+            peer = next(value for who, value in chosen.items() if who.startswith("PEFT"))
+            lines.append({"threads": threads} | {who: f"{value:.1f} ({peer / value:.2f})" for who, value in chosen.items()})
+        parts.append(f"{table}\n\n{markdown(lines)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = stored.parser(__doc__, "few rounds of the first")
+    parser.add_argument("--rows", action="store_true", help="measure in this process, on the processors it may use, and print rows as JSON")
+    options = parser.parse_args()
+    if options.rows:
+        for row in measure(options.quick):
+            print(json.dumps(row))
+        return
+    if options.from_results:
+        rows = stored.load(RESULTS)
+    else:
+        where, extra = stored.where(), ["--quick"] if options.quick else []
+        each = [on_threads("benchmarks.training", threads, "--rows", *extra) for threads in ((1,) if options.quick else (1, 2))]
+        rows = [row | where for some in each for row in some]
+        if not options.quick:
+            stored.store(RESULTS, rows)
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
