@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from skillbank.runtime.slots import Slots
     from skillbank.runtime.together import Together, together_batches
     from skillbank.search import duplicates, overlap, similar
+    from skillbank.server import Server
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
 
@@ -57,6 +58,7 @@ _HOME = {
     "runtime.slots": ["Slots"],
     "runtime.together": ["Together", "together_batches"],
     "search": ["duplicates", "overlap", "similar"],
+    "server": ["Server"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
 }
@@ -76,6 +78,7 @@ __all__ = [
     "Model",
     "Ref",
     "Routes",
+    "Server",
     "Skill",
     "Slots",
     "Task",

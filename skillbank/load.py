@@ -12,6 +12,7 @@ from torch import nn
 
 from skillbank.attach import base_weights
 from skillbank.bank import Bank, Base, Checkpoint, Composition, base_fingerprint
+from skillbank.memory import keep_freed_memory
 from skillbank.merge import merge
 from skillbank.mixture import Composed, Mixture
 from skillbank.model import ModelModule
@@ -64,6 +65,7 @@ def load(
         model, made = _compose(bank, thing, plan, samples)
     model.to(device).eval()
     if torch.device(device).type == "cpu" and plan != "reference":
+        keep_freed_memory()
         lay_out(model.net)
     model.plan = made
     if not compile:

@@ -22,7 +22,7 @@ FILES = {
 ORDER = [
     *("words", "memory", "certificate", "tensors", "core", "skill", "adapter", "lints", "formats", "attach", "folding", "model", "statistics"),
     "localise",
-    *("merge", "bank", "gate", "mixture", "runtime", "load", "shards", "exchange", "search", "artifacts"),
+    *("merge", "bank", "gate", "mixture", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
     *("progress", "fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""

@@ -112,7 +112,7 @@ def test_what_cannot_be_trained_at_once_is_refused():
         def losses(self, batch):
             return (self.net(batch["x"]) * torch.randn(3)).sum(1)
 
-    with pytest.raises(ValueError, match=r"aten.randn.* draws what is not one row per example"):
+    with pytest.raises(ValueError, match=r"aten.randn.* draws what is not one row per row of the batch"):
         Together(Shared(), [0, 1])({"x": torch.randn(8, 3)})
     convolution = Shared()
     convolution.net = nn.Sequential(nn.Conv1d(2, 2, 1))

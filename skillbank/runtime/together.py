@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skillbank.attach import detach, factors, fresh, matrix, plain_modules
 from skillbank.model import SEED_STRIDE, Batch, Batches, ModelModule
 from skillbank.runtime.fused import gated_linear, unfuse
+from skillbank.runtime.streams import Streams
 from skillbank.skill import Skill
 
 __all__ = ["Together", "together_batches"]
@@ -82,7 +82,7 @@ class Together(nn.Module):
         if rows % count:
             raise ValueError(f"a batch of {rows} rows is not for {count} skills: every one needs as many")
         first = torch.initial_seed()
-        with _Streams([(first + (seed - self.seeds[0]) * SEED_STRIDE) % 2**63 for seed in self.seeds], rows):
+        with Streams([(first + (seed - self.seeds[0]) * SEED_STRIDE) % 2**63 for seed in self.seeds], rows):
             losses = cast("Any", self.model).losses(batch).view(count, -1).mean(1)
         self.latest = losses.detach()
         return losses.sum()
@@ -153,43 +153,3 @@ def _forward(layer: nn.Module, together: Together, place: int, x: Tensor) -> Ten
     a, b = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
     scales = together.scales.repeat_interleave(len(x) // len(pairs)).view(-1, *[1] * (x.dim() - 1))
     return gated_linear(x, weight, bias, a, b, scales)
-
-
-class _Streams(TorchDispatchMode):
-    """Whatever is drawn at random for B rows is drawn for the n rows of each skill, from a stream of its own."""
-
-    def __init__(self, seeds: Sequence[int], rows: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seeds, self.rows = seeds, rows
-        self.states: dict[torch.device, list[Tensor]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation of torch."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags:
-            return function(*args, **kwargs)
-        each = self.rows // len(self.seeds)
-        if not any(self._is_ours(value) for value in args):
-            raise ValueError(f"{function} draws what is not one row per example, so that skills cannot have streams of their own: train one by one")
-        device = next((value.device for value in args if isinstance(value, Tensor)), kwargs.get("device") or torch.device("cpu"))
-        generator = torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else torch.default_generator
-        before, parts = generator.get_state(), []
-        if device not in self.states:
-            self.states[device] = [generator.manual_seed(seed).get_state() for seed in self.seeds]
-        for k, state in enumerate(self.states[device]):
-            generator.set_state(state)
-            parts.append(function(*(self._part(value, k, each) for value in args), **kwargs))
-            self.states[device][k] = generator.get_state()
-        generator.set_state(before)
-        if function._schema.is_mutable:
-            return args[0]
-        return tuple(map(torch.cat, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else torch.cat(parts)
-
-    def _is_ours(self, value: Any) -> bool:
-        shape = value.shape if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else ()
-        return len(shape) > 0 and shape[0] == self.rows
-
-    def _part(self, value: Any, k: int, each: int) -> Any:
-        if not self._is_ours(value):
-            return value
-        return value[k * each : (k + 1) * each] if isinstance(value, Tensor) else [each, *value[1:]]
