@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skillbank.fit import fit, validation_loss
     from skillbank.folding import Folding, fold
     from skillbank.formats import read_lora
-    from skillbank.gate import ConstantGate, MLPGate, Routes, TopK, grow
+    from skillbank.gate import ConstantGate, Growing, MLPGate, Routes, TopK, grow
     from skillbank.learn import learn_weights, search_weights
     from skillbank.load import check_base, load
     from skillbank.localise import Graft, graft
@@ -47,7 +47,7 @@ _HOME = {
     "fit": ["fit", "validation_loss"],
     "folding": ["Folding", "fold"],
     "formats": ["read_lora"],
-    "gate": ["ConstantGate", "MLPGate", "Routes", "TopK", "grow"],
+    "gate": ["ConstantGate", "Growing", "MLPGate", "Routes", "TopK", "grow"],
     "learn": ["learn_weights", "search_weights"],
     "load": ["check_base", "load"],
     "localise": ["Graft", "graft"],
@@ -74,6 +74,7 @@ __all__ = [
     "ConstantGate",
     "Folding",
     "Graft",
+    "Growing",
     "MLPGate",
     "Model",
     "Ref",

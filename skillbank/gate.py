@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConstantGate", "MLPGate", "Routes", "TopK", "grow"]
+__all__ = ["ConstantGate", "Growing", "MLPGate", "Routes", "TopK", "grow"]
 
 Init = Literal["newest", "uniform", "zero", "official"]
 
@@ -61,7 +62,11 @@ class MLPGate(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D)."""
-        return self.head(self.body((context - self.mean) / self.deviation)) / self.divisor
+        return self.head(self.features(context)) / self.divisor
+
+    def features(self, context: Tensor) -> Tensor:
+        """What the head sees, (B, H) or (B, T, H)."""
+        return self.body((context - self.mean) / self.deviation)
 
     @property
     def constant(self) -> Tensor | None:
@@ -123,6 +128,39 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
         grown.head.weight[: old.out_features] = old.weight
         grown.head.bias[: old.out_features] = old.bias
     return grown.to(old.weight)
+
+
+class Growing(nn.Module):
+    """A trained gate with outputs for more skills at the end, of which only these are trained: the weights of the old skills stay what they are.
+
+    `fit(Composed(model, growing, skills), batches, growing.head.parameters())` trains them; `grown()` is the gate that came of it. To train all of a
+    gate after it has grown, use `grow`.
+
+    Args:
+        gate: trained, not changed.
+        skills: how many more.
+
+    """
+
+    def __init__(self, gate: MLPGate, skills: int = 1) -> None:
+        super().__init__()
+        self.gate = copy.deepcopy(gate).requires_grad_(False)
+        self.head = nn.Linear(gate.head.in_features, skills).to(gate.head.weight)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Weights (B, K) or (B, T, K), the new ones last."""
+        features = self.gate.features(context)
+        return torch.cat([self.gate.head(features), self.head(features)], -1) / self.gate.divisor
+
+    @torch.no_grad()
+    def grown(self) -> MLPGate:
+        """One gate of both parts."""
+        gate = grow(self.gate, self.head.out_features)
+        gate.head.weight[-self.head.out_features :] = self.head.weight
+        gate.head.bias[-self.head.out_features :] = self.head.bias
+        return gate
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from skillbank import Composed, ConstantGate, MLPGate, Skill, attach, check_model, merge
+from skillbank import Composed, ConstantGate, Growing, MLPGate, Skill, attach, check_model, fit, merge
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
 
@@ -215,3 +215,24 @@ def test_a_copy_has_weights_of_its_own():
     assert not torch.equal(other.predict(tiny_batch()), expected)
     assert torch.equal(other.predict(tiny_batch()), tiny_policy(temperature=0.0).predict(tiny_batch()))
     assert torch.equal(composed.predict(tiny_batch()), expected)
+
+
+def test_a_gate_that_grows_by_training_its_new_output_only():
+    policy = tiny_policy(temperature=0.0)
+    parts = skills_of(policy, 3)
+    gate = MLPGate(5, 2, hidden=(8,))
+    torch.nn.init.normal_(gate.head.weight)
+    before = {key: value.clone() for key, value in gate.state_dict().items()}
+    growing = Growing(gate)
+    batch, context = tiny_batch(), torch.randn(7, 5)
+    old = Composed(tiny_policy(temperature=0.0), gate, parts[:2]).predict(batch)
+    composed = Composed(policy, growing, parts)
+    close(composed.predict(batch), old)
+    assert torch.equal(growing(context)[:, :2], gate(context))
+    fit(composed, lambda start: iter(lambda: batch, None), growing.head.parameters(), steps=20, lr=0.05, weight_decay=0.1, ema=None, progress=False)
+    grown = growing.grown()
+    close(grown(context), growing(context))
+    close(grown(context)[:, :2], gate(context))
+    assert grown(context)[:, 2].abs().min() > 1e-3
+    assert all(torch.equal(value, before[key]) for key, value in gate.state_dict().items())
+    assert [name for name, p in growing.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
