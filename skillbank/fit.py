@@ -7,7 +7,7 @@ last two), so a run that was killed anywhere and is started again gives the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -93,7 +93,8 @@ def fit(
         warmup: linear warm-up steps.
         ema: upper bound of the EMA's decay, None for no EMA.
         clip: largest gradient norm, None for no clipping.
-        accumulate: batches per optimiser step and process.
+        accumulate: batches per optimiser step and process. A run of one process that accumulates two is one of two that accumulate one, and may be
+            resumed as such.
         precision: mixed precision of the forward pass.
         device: where to train; `auto` takes a GPU if there is one.
         seed: of everything random in the steps.
@@ -119,6 +120,7 @@ def fit(
     if len(groups) > 1:
         settings["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator = _accelerator(device, precision, accumulate, tracker)
+    settings["accumulate"] = accumulate * accelerator.num_processes
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run), _restored(model):
@@ -134,8 +136,8 @@ def fit(
             while state.step < steps:
                 for group, curve in zip(optimizer.param_groups, curves, strict=True):
                     group["lr"] = curve(state.step)
-                torch.manual_seed((seed * SEED_STRIDE + state.step * 4096 + rank) % 2**63)
-                state.losses.append(_step(accelerator, wrapped, optimizer, stream, accumulate, trained.values(), clip))
+                seeds = [(seed * SEED_STRIDE + state.step * 4096 + turn * world + rank) % 2**63 for turn in range(accumulate)]
+                state.losses.append(_step(accelerator, wrapped, optimizer, stream, seeds, trained.values(), clip))
                 state.advance()
                 bar.update()
                 if state.step % log_every == 0 or state.step == steps:
@@ -178,14 +180,15 @@ def _step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     stream: Iterator[Batch],
-    accumulate: int,
+    seeds: Sequence[int],
     params: Iterable[nn.Parameter],
     clip: float | None,
 ) -> Tensor:
-    """One optimiser step; the mean loss of its batches, detached."""
+    """One optimiser step on a batch per seed; the mean loss of its batches, detached."""
     model.train()
     total = None
-    for _ in range(accumulate):
+    for seed in seeds:
+        torch.manual_seed(seed)
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(stream).items()}
         with accelerator.accumulate(model):
             loss = model(batch)
@@ -196,7 +199,7 @@ def _step(
             optimizer.zero_grad()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    return total / accumulate
+    return total / len(seeds)
 
 
 def _row(accelerator: Accelerator, state: Progress, lr: float) -> dict[str, float]:

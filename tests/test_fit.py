@@ -4,14 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from skillbank import fit, fresh, read, validation_loss
+from skillbank import Composed, MLPGate, fit, fresh, read, validation_loss
+from skillbank.skill import digest
 from skillbank.tensors import load_tensors, save_tensors
-from tests.tiny import close, tiny_batch, tiny_policy
+from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
 ROOT = Path(__file__).parents[1]
 
@@ -186,38 +188,68 @@ def test_the_callers_random_state_is_left_alone():
 
 
 PROCESSES = """
-import json, os, sys, torch
+import json, sys, torch
 torch.set_num_threads(1)
-from skillbank import fit, fresh, read
-from tests.test_fit import batches
-from tests.tiny import tiny_policy
-policy = tiny_policy(dropout=0.0)
-result = fit(policy, batches, fresh(policy.net, rank=2), steps=6, log_every=1, device="cpu", progress=False, folder=sys.argv[1])
-print(json.dumps([torch.distributed.get_world_size(), read(policy.net).fingerprint, result.rows]))
+from tests.test_fit import one_of
+kind, folder, accumulate, until = sys.argv[1:]
+print(json.dumps(one_of(kind, folder=folder, accumulate=int(accumulate), until=int(until))))
 torch.distributed.destroy_process_group()
 """
 
 
-def test_several_processes_agree(tmp_path):
-    """Two processes are launched as torchrun would, see the batches in turns, and end with the same skill; one of them writes the files."""
+def one_of(kind, *, until, **options):
+    """A short run that draws noise and has dropout, from data that end after so many batches: what it trained, as a hash, and its rows."""
+    policy = tiny_policy(dropout=0.1)
+    if kind == "gate":
+        model = Composed(policy, MLPGate(5, 2, hidden=(8,)), [random_skill(policy.net, seed=seed) for seed in (1, 2)])
+        params = list(model.gate.parameters())
+    else:
+        model, params = policy, fresh(policy.net, rank=2) if kind == "skill" else list(policy.parameters())
+    few = lambda start: islice(batches(start), max(0, until - start))  # noqa: E731
+    try:
+        result = fit(model, few, params, steps=8, log_every=1, checkpoint_every=2, device="cpu", progress=False, **options)
+    except StopIteration:
+        return None
+    return digest({str(i): p for i, p in enumerate(params)}), result.rows
+
+
+def launched(processes, *arguments):
+    """Results of all processes of `accelerate launch`, whose output comes in any order."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": ".", "ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", PROCESSES, str(tmp_path)]
-    running = [
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    (world, one, rows), (_, two, other_rows) = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-    assert world == 2
-    assert one == two
-    assert rows == other_rows
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
+        command += ["--main_process_port", str(free.getsockname()[1]), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = Path(arguments[1]).parent / "processes.py"
+    script.write_text(PROCESSES)
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", "null"))]
+
+
+@pytest.mark.parametrize("kind", ["base", "skill", "gate"])
+def test_two_processes_train_what_one_does_and_each_goes_on_for_the_other(kind, tmp_path):
+    """Two processes that see a batch each per step, and one that sees both; each is cut off after four steps, and the other kind goes on with it."""
+    assert launched(2, kind, tmp_path / "two", 1, 8) == [None, None]
+    assert one_of(kind, folder=tmp_path / "one", accumulate=2, until=8) is None
+    with pytest.raises(ValueError, match=r"holds a run with \{'accumulate': 2\}, this one has \{'accumulate': 1\}"):
+        one_of(kind, folder=tmp_path / "two", accumulate=1, until=16)
+    _, first = one_of(kind, folder=tmp_path / "two", accumulate=2, until=16)
+    results = launched(2, kind, tmp_path / "one", 1, 16)
+    assert results[0] == results[1]  # the same skill and the same rows on both
+    _, second = results[0]
+    assert [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()] == second
+    assert len(first) == len(second) == 8
+    one, two = (torch.tensor([row["loss"] for row in rows]) for rows in (first, second))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    _, whole = one_of(kind, accumulate=2, until=16)
+    torch.testing.assert_close(one, torch.tensor([row["loss"] for row in whole]), rtol=1e-5, atol=1e-6)
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
