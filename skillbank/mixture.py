@@ -158,7 +158,7 @@ class Mixed(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
         """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
-        self._mix(batch, samples or 1)
+        self._mix(batch, (samples or 1) * getattr(self.model, "repeats", 1))
         options = {} if samples is None else {"samples": samples}
         return self.model.predict(batch, **options)
 

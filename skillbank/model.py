@@ -41,7 +41,8 @@ class Model(Protocol):
         """Actions (B, H, A), or token ids (B, T). No gradient.
 
         A model that draws at random may take `samples=N` for N predictions per row, (B, N, H, A), and say as `steps` how often it runs its net for
-        one; what a gate costs depends on both.
+        one; what a gate costs depends on both. One that runs its net on several rows for each row of the batch, such as beams, next to each
+        other, says as `repeats` how many.
         """
         ...
 
