@@ -215,22 +215,23 @@ def measure(rounds: int, threads: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """A table per kind and number of threads: microseconds and how many times ours."""
+    """A table per question and number of threads: microseconds, and in brackets how many times ours."""
     parts = []
-    for key in dict.fromkeys((row["table"], row["threads"]) for row in rows):
-        chosen = [row for row in rows if (row["table"], row["threads"]) == key]
-        ours = next(row["seconds"] for row in chosen if row["who"] == "ours")
-        lines = [
-            {
-                "": row["who"],
-                "us": f"{row['seconds']:.0f}",
-                "quartiles": f"{row['low']:.0f} to {row['high']:.0f}",
-                "x ours": f"{row['seconds'] / ours:.2f}",
-            }
-            for row in chosen
-        ]
-        parts.append(f"{key[0]}, {key[1]} thread{'s' if key[1] > 1 else ''}\n\n{markdown(lines)}")
+    for question, threads in dict.fromkeys((_split(row["table"])[0], row["threads"]) for row in rows):
+        chosen = [row for row in rows if _split(row["table"])[0] == question and row["threads"] == threads]
+        ours = {row["table"]: row["seconds"] for row in chosen if row["who"] == "ours"}
+        lines = []
+        for who in dict.fromkeys(row["who"] for row in chosen):
+            cells = {row["table"]: f"{row['seconds']:.0f} ({row['seconds'] / ours[row['table']]:.2f})" for row in chosen if row["who"] == who}
+            lines.append({"": who} | {_split(table)[1]: cells.get(table, "") for table in ours})
+        parts.append(f"{question}, {threads} thread{'s' if threads > 1 else ''}\n\n{markdown(lines)}")
     return "\n\n".join(parts)
+
+
+def _split(table: str) -> tuple[str, str]:
+    """Question and column of a table's name."""
+    question, of, column = table.partition(", k = ") if ", k = " in table else table.rpartition(" of ")
+    return (question, f"k = {column}") if of.startswith(",") else (f"{question} of many", column)
 
 
 def main() -> None:

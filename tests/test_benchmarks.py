@@ -55,6 +55,16 @@ def test_merging_files_entries_and_folding():
     assert [(row[""], row["changed"], row["drift"]) for row in folding if row[""] == "ours"] == [("ours", "0.0%", "0")] * 2
 
 
+def test_running_and_training_beside_their_peers():
+    layer = rows_of(run("benchmarks.runtime", "--quick"))
+    assert [row[""] for row in layer if row[""].startswith("PEFT")].count("PEFT loop") == 2
+    acting = rows_of(run("benchmarks.policy", "--quick"))
+    assert [(row["N"], row["K"]) for row in acting] == [("64", "2")]
+    assert {"limit", "reference", "planned", "compiled"} <= set(acting[0])
+    training = rows_of(run("benchmarks.training", "--quick"))
+    assert [row["PEFT"].endswith("(1.00)") for row in training] == [True]
+
+
 def test_merges_are_what_they_promise_or_refused(tmp_path):
     done = run("benchmarks.merge_correctness", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr[-2000:]

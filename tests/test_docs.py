@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/bank.md", 10), ("docs/merge.md", 4)])
+@pytest.mark.parametrize(("page", "least"), [("docs/bank.md", 10), ("docs/merge.md", 4), ("docs/runtime.md", 0)])
 def test_every_example_of_a_page(page, least, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "adapters", tmp_path / "adapters")
     (tmp_path / "demos").symlink_to(ROOT / "demos")
@@ -49,8 +49,11 @@ def test_the_table_of_merge_methods_is_the_one_that_they_tell():
     assert yamls == set(METHODS) - {"fisher", "regmean"}  # which need statistics of the tasks
 
 
-@pytest.mark.parametrize("name", ["merge", "merge_files", "merge_entries", "merge_quality", "folding"])
-def test_the_page_on_merging_shows_what_is_stored(name, monkeypatch, capsys):
+PAGES = {"merge": ["merge", "merge_files", "merge_entries", "merge_quality", "folding"], "runtime": ["runtime", "policy", "training"]}
+
+
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in PAGES.items() for name in names])
+def test_pages_show_what_is_stored(page, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--from-results"])
     import_module(f"benchmarks.{name}").main()
-    assert capsys.readouterr().out.strip() in (ROOT / "docs/merge.md").read_text()
+    assert capsys.readouterr().out.strip() in (ROOT / f"docs/{page}.md").read_text()
