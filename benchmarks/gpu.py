@@ -78,9 +78,9 @@ def checks() -> list[dict[str, Any]]:
     """The kernels against `embedding_bag`, forward and gradients; on a CPU the two are the same operations."""
     found = []
     for dtype, rank, rows, k, slots in ((torch.float32, 8, 257, 3, 33), (HALF, 16, 64, 2, 1000), (HALF, 64, 5, 1, 4)):
-        draw = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=dtype) / shape[-1] ** 0.5  # noqa: E731, B023
-        x, a, b = draw(rows, 512), draw(slots, rank, 512), draw(slots, rank, 384)
-        index, weights = torch.randint(slots, (rows, k), device=DEVICE), draw(rows, k)
+        shapes = ((rows, 512), (slots, rank, 512), (slots, rank, 384), (rows, k))
+        x, a, b, weights = (torch.randn(shape, device=DEVICE, dtype=dtype) / shape[-1] ** 0.5 for shape in shapes)
+        index = torch.randint(slots, (rows, k), device=DEVICE)
         results = []
         for ops, kind in ((None, dtype), (_Bags(), torch.float32)):
             inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, a, b, weights)]
@@ -95,8 +95,8 @@ def checks() -> list[dict[str, Any]]:
 def layer(width: int, count: int) -> tuple[nn.Sequential, list[sb.Skill]]:
     """A base of one layer and skills of rank 16 on it."""
     net = nn.Sequential(nn.Linear(width, width)).requires_grad_(False).to(DEVICE, HALF)
-    factors = lambda: (torch.randn(16, width) / width**0.5, torch.randn(width, 16) / width**0.5)  # noqa: E731
-    return net, [sb.Skill({"0": factors()}) for _ in range(count)]
+    shapes = ((16, width), (width, 16))
+    return net, [sb.Skill({"0": cast("Any", tuple(torch.randn(shape) / width**0.5 for shape in shapes))}) for _ in range(count)]
 
 
 def gated(width: int, counts: Sequence[int], tokens: Sequence[int], bandwidth: float, rate: float) -> list[dict[str, Any]]:

@@ -61,6 +61,9 @@ def test_running_and_training_beside_their_peers():
     acting = rows_of(run("benchmarks.policy", "--quick"))
     assert [(row["N"], row["K"]) for row in acting] == [("64", "2")]
     assert {"limit", "reference", "planned", "compiled"} <= set(acting[0])
+    gpu = run("benchmarks.gpu", "--quick")
+    assert gpu.returncode == 0, gpu.stderr[-2000:]
+    assert [line for line in gpu.stdout.splitlines() if line.isidentifier()] == ["device", "kernels", "layer", "policy", "training"]
     training = rows_of(run("benchmarks.training", "--quick"))
     assert [row["PEFT"].endswith("(1.00)") for row in training] == [True]
 
