@@ -6,8 +6,7 @@ python -m benchmarks.runtime --from-results     the stored tables
 
 A 512 x 512 linear layer in float32, skills of rank 8, 64 tokens, each with weights of its own. Medians of rounds in which every contender runs
 once. "limit" is what no arrangement on these libraries gets below: the base's product and the two of the factors that are used, as plain matrix
-products. Freed memory is kept by the process, as after `skillbank.load`, for all contenders alike; the first table is without that, as PEFT is used
-by itself. What the peers compute: `PEFT loop` runs all k adapters, each with weight 1; `PEFT mixed batch` gives each token one adapter; Arrow and
+products. What the peers compute: `PEFT loop` runs all k adapters, each with weight 1; `PEFT mixed batch` gives each token one adapter; Arrow and
 X-LoRA weight them per token as we do, here without the cost of finding the weights (for X-LoRA, a second pass of the model).
 """
 
@@ -190,7 +189,6 @@ def change(slots: int) -> Contenders:
     return found
 
 
-FIRST = "forward, k = 64, memory as the allocator has it"
 TABLES: Mapping[str, Callable[[], Contenders]] = {
     **{f"forward, k = {k}": partial(forward, k) for k in (1, 4, 16, 64)},
     **{f"forward and backward, k = {k}": partial(backward, k) for k in (1, 16, 64)},
@@ -204,11 +202,10 @@ TABLES: Mapping[str, Callable[[], Contenders]] = {
 def measure(rounds: int, threads: tuple[int, ...]) -> list[dict[str, Any]]:
     """Rows of all tables."""
     rows = []
-    tables = [(FIRST, count) for count in threads] + [(table, count) for count in threads for table in TABLES]
-    for table, count in tables:
+    for table, count in [(table, count) for count in threads for table in TABLES]:
         torch.set_num_threads(count)
         with torch.set_grad_enabled("backward" in table):
-            times = paired(TABLES.get(table, partial(forward, 64))(), rounds=rounds, keep=table != FIRST)
+            times = paired(TABLES[table](), rounds=rounds)
         for who, time in times.items():
             rows.append({"table": table, "threads": count, "who": who, **{key: 1e6 * value for key, value in time.items()}})
     return rows

@@ -14,10 +14,9 @@ from skillbank.memory import keep_freed_memory
 __all__ = ["paired"]
 
 
-def paired(contenders: Mapping[str, Callable[[], object]], *, rounds: int = 40, warm: int = 5, keep: bool = True) -> dict[str, dict[str, float]]:
-    """Median, and quartiles `low` and `high`, of the seconds of one call, by name; all of them with freed memory kept, as `load` and `fit` do."""
-    if keep:
-        keep_freed_memory()
+def paired(contenders: Mapping[str, Callable[[], object]], *, rounds: int = 40, warm: int = 5) -> dict[str, dict[str, float]]:
+    """Median, and quartiles `low` and `high`, of the seconds of one call, by name; freed memory is kept, as `load` and `fit` do."""
+    keep_freed_memory()
     for _ in range(warm):
         for call in contenders.values():
             call()

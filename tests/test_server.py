@@ -74,8 +74,8 @@ def test_what_cannot_be_served_is_refused_by_name(bank):
         server.predict(batch, ["one", "merged"])
     with pytest.raises(ValueError, match="has rank 3, slots hold 2"):
         server.predict(batch, ["two", "base"])
-    with pytest.raises(sb.bank.refs.UnknownRef, match="no 'thre' in Bank"):
-        server.predict(batch, ["thre", "base"])
+    with pytest.raises(sb.bank.refs.UnknownRef, match="no 'absent' in Bank"):
+        server.predict(batch, ["absent", "base"])
     with pytest.raises(ValueError, match="'one' is a skill, a server needs a base"):
         sb.Server("one", bank)
     other = tiny_policy()
