@@ -139,6 +139,10 @@ class _Package(ModuleType):
         if not (name in _MODULE and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, as any module: for those who send functions that use it to other processes."""
+        return import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package
 

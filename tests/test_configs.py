@@ -169,6 +169,17 @@ def test_train(home):
     assert [parent["ref"] for parent in bank.card("walker/run").parents] == ["walker/walk@2"]
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_sweep_in_processes_is_the_sweep_in_a_row(home, launcher):
+    arguments = ["-m", f"hydra/launcher={launcher}", "base=walker/stand", "seed=0,1", "lora.rank=2", f"name=walker/{launcher}", *common("walk")]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=home, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    bank = sb.Bank(home / "bank")
+    made = {bank.card(f"walker/{launcher}@{version}").conf["seed"]: bank.get(f"walker/{launcher}@{version}") for version in (1, 2)}
+    assert [made[seed].fingerprint for seed in (0, 1)] == [bank.get(f"walker/walk@{version}").fingerprint for version in (1, 2)]
+    assert bank.verify() == []
+
+
 def test_compose_a_gate_with_its_report(home, command):
     """The command of the README, evaluated for a few steps in the simulator."""
     arguments = ["task=walker/run", "skills=[walker/walk,walker/run]", "gate=mlp", *common("run"), "episodes=1", "+task.max_steps=3"]
