@@ -56,8 +56,9 @@ def test_merging_files_entries_and_folding():
 
 
 def test_running_and_training_beside_their_peers():
-    layer = rows_of(run("benchmarks.runtime", "--quick"))
-    assert [row[""] for row in layer if row[""].startswith("PEFT")].count("PEFT loop") == 2
+    layer = run("benchmarks.runtime", "--quick")
+    assert layer.returncode == 0, layer.stderr[-2000:]
+    assert layer.stdout.count("\n| PEFT loop ") == 2
     acting = rows_of(run("benchmarks.policy", "--quick"))
     assert [(row["N"], row["K"]) for row in acting] == [("64", "2")]
     assert {"limit", "reference", "planned", "compiled"} <= set(acting[0])
