@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import skillbank as sb
 from benchmarks import stored
+from benchmarks.training import batch_of, stepping
 from skillbank.mixture import Mixture
 from skillbank.models.diffusion import DiffusionPolicy
 from skillbank.report import markdown
@@ -173,19 +173,7 @@ def training(rows_each: int, at_once: int) -> list[dict[str, Any]]:
     """Steps of one skill and of several at once: forward, backward, AdamW, EMA."""
 
     def batch(rows: int) -> dict[str, Tensor]:
-        return {"observation": torch.randn(rows, 24, device=DEVICE), "action": torch.rand(rows, 1, 6, device=DEVICE) * 2 - 1}
-
-    def stepping(model: nn.Module, params: list[nn.Parameter], examples: dict[str, Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True)
-        shadow, average = [p.detach().clone() for p in params], get_ema_multi_avg_fn(0.999)
-
-        def step() -> None:
-            model(examples).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            average(shadow, [p.detach() for p in params], 1)
-
-        return step
+        return {key: value.to(DEVICE) for key, value in batch_of(rows).items()}
 
     taken = {}
     for name in ("reference", "ours", "compiled"):

@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +20,7 @@ import torch
 from torch import nn
 
 import skillbank as sb
-from benchmarks import stored
-from benchmarks.timing import paired
+from benchmarks.timing import paired, run_pinned
 from skillbank.attach import detach
 from skillbank.mixture import Mixture
 from skillbank.models.diffusion import DiffusionPolicy
@@ -119,10 +114,9 @@ def jax_contender(count: int, samples: int, reference: sb.Composed, observation:
     return lambda: twin.act(twin.base, twin.a, twin.b, gate, seen, key, samples=samples).block_until_ready()
 
 
-def measure(counts: list[int], samples: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Rows for this process's number of threads."""
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
+def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Rows for this number of threads."""
+    counts, samples, rounds = ([2], [64], 3) if quick else ([2, 8, 32], [1, 64], 40)
     rows = []
     for count in counts:
         for number in samples:
@@ -131,21 +125,6 @@ def measure(counts: list[int], samples: list[int], rounds: int) -> list[dict[str
             for who, time in times.items():
                 rows.append({"K": count, "N": number, "threads": threads, "who": who} | {key: 1e3 * value for key, value in time.items()})
     return rows
-
-
-def on_threads(module: str, threads: int, *arguments: str) -> list[dict[str, Any]]:
-    """Rows of a run of a benchmark on this many processors, as JSON lines on its standard output."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments],
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -160,23 +139,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = stored.parser(__doc__, "K = 2 and few rounds")
-    parser.add_argument("--rows", action="store_true", help="measure in this process, on the processors it may use, and print rows as JSON")
-    options = parser.parse_args()
-    counts, samples, rounds = ([2], [64], 3) if options.quick else ([2, 8, 32], [1, 64], 40)
-    if options.rows:
-        for row in measure(counts, samples, rounds):
-            print(json.dumps(row))
-        return
-    if options.from_results:
-        rows = stored.load(RESULTS)
-    else:
-        where, extra = stored.where(), ["--quick"] if options.quick else []
-        each = [on_threads("benchmarks.policy", threads, "--rows", *extra) for threads in ((1,) if options.quick else (1, 2))]
-        rows = [row | where for some in each for row in some]
-        if not options.quick:
-            stored.store(RESULTS, rows)
-    print(show(rows))
+    run_pinned(__doc__, "K = 2 and few rounds", "benchmarks.policy", RESULTS, measure, show)
 
 
 if __name__ == "__main__":

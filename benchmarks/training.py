@@ -14,8 +14,6 @@ own (tests/test_together.py).
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,9 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import skillbank as sb
-from benchmarks import stored
-from benchmarks.policy import on_threads
-from benchmarks.timing import paired
+from benchmarks.timing import paired, run_pinned
 from skillbank.models.diffusion import DiffusionPolicy, Mish
 from skillbank.report import markdown
 from skillbank.runtime.fused import fuse
@@ -146,10 +142,8 @@ def eight_skills(rows: int) -> dict[str, Callable[[], None]]:
     return {"limit": limit(AT_ONCE * rows), "ours": stepping(together, list(together.skills.parameters()), joined), **in_a_row}
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
-    """Rows for this process's number of threads."""
-    threads = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
+def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """Rows for this number of threads."""
     tables: dict[str, Callable[[], dict[str, Callable[[], None]]]] = {
         "one skill, 256 examples": partial(one_skill, 256),
         "one skill, 2048 examples": partial(one_skill, 2048),
@@ -179,22 +173,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = stored.parser(__doc__, "few rounds of the first")
-    parser.add_argument("--rows", action="store_true", help="measure in this process, on the processors it may use, and print rows as JSON")
-    options = parser.parse_args()
-    if options.rows:
-        for row in measure(options.quick):
-            print(json.dumps(row))
-        return
-    if options.from_results:
-        rows = stored.load(RESULTS)
-    else:
-        where, extra = stored.where(), ["--quick"] if options.quick else []
-        each = [on_threads("benchmarks.training", threads, "--rows", *extra) for threads in ((1,) if options.quick else (1, 2))]
-        rows = [row | where for some in each for row in some]
-        if not options.quick:
-            stored.store(RESULTS, rows)
-    print(show(rows))
+    run_pinned(__doc__, "few rounds of the first", "benchmarks.training", RESULTS, measure, show)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def fuse(net: nn.Module, mixture: Mixture | None = None, *, merged: Collection[s
         net: with a skill, or the stack of a mixture, on it.
         mixture: the mixture.
         merged: modules whose weights are merged anew for every row that the gate gives weights for, instead: for many rows of the net per row of
-            weights (`Mixture.mix` says how many).
+            weights (`Cell.mix` says how many).
         leave: modules to leave alone.
 
     Returns:
