@@ -18,66 +18,72 @@ __all__ = ["Operations", "routed"]
 
 
 class Operations(Protocol):
-    """The three operations; `index` is (N, k)."""
+    """The three operations of an index (N, k), and what they all need of it, made once."""
 
-    def shrink(self, x: Tensor, m: Tensor, index: Tensor) -> Tensor:
+    def prepare(self, index: Tensor, slots: int, rank: int) -> Any:
+        """What the operations are told of an index into S slots of rank R."""
+        ...
+
+    def shrink(self, x: Tensor, m: Tensor, prepared: Any) -> Tensor:
         """(N, I), (S, R, I) -> (N, k, R)."""
         ...
 
-    def expand(self, coefficients: Tensor, m: Tensor, index: Tensor) -> Tensor:
+    def expand(self, coefficients: Tensor, m: Tensor, prepared: Any) -> Tensor:
         """(N, k, R), (S, R, I) -> (N, I)."""
         ...
 
-    def scatter(self, coefficients: Tensor, x: Tensor, index: Tensor, slots: int) -> Tensor:
+    def scatter(self, coefficients: Tensor, x: Tensor, prepared: Any) -> Tensor:
         """(N, k, R), (N, I) -> (S, R, I)."""
         ...
 
 
 class _Bags:
-    """The operations by `embedding_bag`: a row is a bag of k R rows of the factors."""
+    """The operations by `embedding_bag`: a row is a bag of k R rows of the factors.
 
-    def shrink(self, x: Tensor, m: Tensor, index: Tensor) -> Tensor:
-        flat, offsets, bag = self._bags(index, m.shape[1])
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, m.flatten(0, 1), flat, offsets, bag, 0)
-        return products.view(*index.shape, m.shape[1])
+    Prepared are the rows of the factors (N k R,), where each bag starts (N,), which bag each row is in, and S.
+    """
 
-    def expand(self, coefficients: Tensor, m: Tensor, index: Tensor) -> Tensor:
-        flat, offsets, _ = self._bags(index, m.shape[1])
-        return nn.functional.embedding_bag(flat, m.flatten(0, 1), offsets, mode="sum", per_sample_weights=coefficients.flatten())
+    def prepare(self, index: Tensor, slots: int, rank: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        each, bags = index.shape[1] * rank, torch.arange(len(index), device=index.device)
+        rows = (index[:, :, None] * rank + torch.arange(rank, device=index.device)).flatten()
+        return rows, bags * each, bags.repeat_interleave(each), slots
 
-    def scatter(self, coefficients: Tensor, x: Tensor, index: Tensor, slots: int) -> Tensor:
+    def shrink(self, x: Tensor, m: Tensor, prepared: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+        rows, starts, bag, _ = prepared
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, m.flatten(0, 1), rows, starts, bag, 0)
+        return products.view(len(x), -1, m.shape[1])
+
+    def expand(self, coefficients: Tensor, m: Tensor, prepared: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+        rows, starts, _, _ = prepared
+        return nn.functional.embedding_bag(rows, m.flatten(0, 1), starts, mode="sum", per_sample_weights=coefficients.flatten())
+
+    def scatter(self, coefficients: Tensor, x: Tensor, prepared: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+        rows, _, bag, slots = prepared
         rank = coefficients.shape[2]
-        flat, _, bag = self._bags(index, rank)
         result = x.new_zeros(slots * rank, x.shape[1])
-        return result.index_add_(0, flat, coefficients.flatten()[:, None] * x[bag]).view(slots, rank, -1)
-
-    def _bags(self, index: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the factors (N k R,), where each bag starts (N,), and which bag each belongs to."""
-        rows, each = len(index), index.shape[1] * rank
-        ranks = torch.arange(rank, device=index.device)
-        bags = torch.arange(rows, device=index.device)
-        return (index[:, :, None] * rank + ranks).flatten(), bags * each, bags.repeat_interleave(each)
+        return result.index_add_(0, rows, coefficients.flatten()[:, None] * x[bag]).view(slots, rank, -1)
 
 
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ops: Operations, x: Tensor, a: Tensor, b: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        hidden = ops.shrink(x, a, index)
-        ctx.ops = ops
-        ctx.save_for_backward(x, a, b, index, weights, hidden)
-        return ops.expand(hidden * weights[:, :, None], b, index)
+        prepared = ops.prepare(index, len(a), a.shape[1])
+        hidden = ops.shrink(x, a, prepared)
+        ctx.ops, ctx.prepared = ops, prepared
+        ctx.save_for_backward(x, a, b, weights, hidden)
+        return ops.expand(hidden * weights[:, :, None], b, prepared)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, index, weights, hidden = ctx.saved_tensors
+        x, a, b, weights, hidden = ctx.saved_tensors
         ops: Operations = ctx.ops
         _, need_x, need_a, need_b, _, need_weights = ctx.needs_input_grad
         dy = gradients[0].contiguous()
-        before = ops.shrink(dy, b, index)
+        before = ops.shrink(dy, b, ctx.prepared)
         inner = before * weights[:, :, None]
-        dx = ops.expand(inner, a, index) if need_x else None
-        da = ops.scatter(inner, x, index, len(a)) if need_a else None
-        db = ops.scatter(hidden * weights[:, :, None], dy, index, len(b)) if need_b else None
+        dx = ops.expand(inner, a, ctx.prepared) if need_x else None
+        da = ops.scatter(inner, x, ctx.prepared) if need_a else None
+        db = ops.scatter(hidden * weights[:, :, None], dy, ctx.prepared) if need_b else None
         return None, dx, da, db, None, (before * hidden).sum(-1) if need_weights else None
 
 
