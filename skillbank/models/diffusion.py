@@ -59,21 +59,25 @@ class FourierFeatures(nn.Module):
 
 
 class _MishFunction(torch.autograd.Function):
-    """x tanh(softplus(x)) with one exponential forward and one backward; torch's own takes twice as long on a CPU."""
+    """x tanh(softplus(x)) with one exponential, its slope made on the way; torch's own takes twice as long on a CPU.
+
+    With e = exp(x) and n = e^2 + 2 e: tanh(log(1 + e)) = n / (n + 2), and the slope is that plus 4 x e (1 + e) / (n + 2)^2.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        e = x.clamp(max=20.0).exp_()
+        e = x.exp().clamp_(max=5e8)  # so that n is finite; to clamp x instead takes three times as long once it is compiled
         n = e.add(2).mul_(e)
-        tanh = n.div_(n.add(2))  # tanh(log(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2)
-        ctx.save_for_backward(x, tanh)
+        more = n + 2
+        tanh = n / more
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.addcmul(tanh, n.sub_(e).div_(more).div_(more), x, value=4))
         return x * tanh
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        x, tanh = ctx.saved_tensors
-        slope = (1 - tanh * tanh).mul_(x.sigmoid()).mul_(x).add_(tanh)
-        return slope.mul_(gradients[0])
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope
 
 
 class Mish(nn.Module):
