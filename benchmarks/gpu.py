@@ -183,8 +183,7 @@ def training(rows_each: int, at_once: int) -> list[dict[str, Any]]:
             p.requires_grad_(True)
         if name != "reference":
             fuse(model.net)
-        chosen: Any = torch.compile(model, mode="reduce-overhead") if name == "compiled" and DEVICE.type == "cuda" else model
-        taken[name] = seconds(stepping(chosen, params, batch(rows_each)))
+        taken[name] = seconds(stepping(model, params, batch(rows_each), compiled=name == "compiled"))
     together = sb.Together(DiffusionPolicy(24, 6, dropout=0.0).to(DEVICE), list(range(at_once)))
     taken[f"{at_once} at once"] = seconds(stepping(together, list(together.skills.parameters()), batch(at_once * rows_each)))
     return [{"table": "training", "B": rows_each, **taken}]

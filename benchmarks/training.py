@@ -6,9 +6,9 @@ python -m benchmarks.training --from-results    the stored tables
 
 A step is the noise-prediction loss, its gradient, AdamW and the EMA, for factors of rank 8 on all ten linear layers (70,432 of 1.7 million
 parameters), in float32, without dropout. "PEFT" is `get_peft_model` on the same network of torch's own modules, with torch's AdamW; "reference" is
-our model on PEFT's layers, "ours" what `train.py` runs, "compiled" that through torch.compile. "limit" is the products with the frozen weights
-alone, once forward and once back. Of eight at once, every one has its 256 examples, seed and optimiser state; its losses are those of a run of its
-own (tests/test_together.py).
+our model on PEFT's layers, "ours" what `train.py` runs, "compiled" what it runs with `fit.compile=true`. "limit" is the products with the frozen
+weights alone, once forward and once back. Of eight at once, every one has its 256 examples, seed and optimiser state; its losses are those of a run
+of its own (tests/test_together.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import skillbank as sb
 from benchmarks.timing import paired, run_pinned
 from skillbank.models.diffusion import DiffusionPolicy, Mish
 from skillbank.report import markdown
+from skillbank.runtime.compiled import compiled_loss
 from skillbank.runtime.fused import fuse
 
 RESULTS = Path(__file__).parent / "results" / "training.jsonl"
@@ -47,13 +48,16 @@ def batch_of(rows: int) -> dict[str, Tensor]:
     return {"observation": torch.randn(rows, 24), "action": torch.rand(rows, 1, 6) * 2 - 1}
 
 
-def stepping(model: nn.Module, params: Sequence[nn.Parameter], batch: dict[str, Tensor], *, fused: bool = True) -> Callable[[], None]:
+def stepping(
+    model: nn.Module, params: Sequence[nn.Parameter], batch: dict[str, Tensor], *, fused: bool = True, compiled: bool = False
+) -> Callable[[], None]:
     """One step as `fit` takes it."""
+    loss_of = compiled_loss(model) if compiled else model
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=fused or None)
     shadow, average = [p.detach().clone() for p in params], get_ema_multi_avg_fn(0.999)
 
     def step() -> None:
-        model(batch).backward()
+        loss_of(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         average(shadow, [p.detach() for p in params], 1)
@@ -81,7 +85,7 @@ def ours(batch: dict[str, Tensor], *, fast: bool = True, compiled: bool = False)
         p.requires_grad_(True)
     if fast:
         fuse(model.net)
-    return stepping(torch.compile(model, dynamic=False) if compiled else model, params, batch)  # type: ignore[arg-type]
+    return stepping(model, params, batch, compiled=compiled)
 
 
 def limit(rows: int) -> Callable[[], None]:
@@ -134,12 +138,15 @@ def one_skill(rows: int) -> dict[str, Callable[[], None]]:
 
 def eight_skills(rows: int) -> dict[str, Callable[[], None]]:
     """Ways to train eight."""
-    together = sb.Together(policy(), list(range(AT_ONCE)), ranks=RANK, scales=SCALE)
+    at_once = {}
     joined = {key: torch.cat([batch_of(rows)[key] for _ in range(AT_ONCE)]) for key in ("observation", "action")}
+    for name in ("ours", "compiled"):
+        together = sb.Together(policy(), list(range(AT_ONCE)), ranks=RANK, scales=SCALE)
+        at_once[name] = stepping(together, list(together.skills.parameters()), joined, compiled=name == "compiled")
     batch = batch_of(rows)
     runs = {"PEFT, one by one": [peft(batch) for _ in range(AT_ONCE)], "ours, one by one": [ours(batch) for _ in range(AT_ONCE)]}
     in_a_row: dict[str, Callable[[], None]] = {name: (lambda steps=steps: [step() for step in steps]) for name, steps in runs.items()}  # type: ignore[misc]
-    return {"limit": limit(AT_ONCE * rows), "ours": stepping(together, list(together.skills.parameters()), joined), **in_a_row}
+    return {"limit": limit(AT_ONCE * rows), **at_once, **in_a_row}
 
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:

@@ -279,7 +279,8 @@ def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, fol
 
 def _folder(kind: str, name: str, conf: Conf, keys: Sequence[str], bank: Bank, made_from: Sequence[str], task: Task) -> Path:
     """Folder of a run under runs/: the same command finds the same folder again and resumes, any other gets a new one."""
-    everything = [{key: conf.get(key) for key in keys}, [bank.card(ref).hash for ref in made_from], task.data]
+    chosen = {key: conf.get(key) for key in keys} | {"fit": {key: value for key, value in conf["fit"].items() if key != "compile"}}  # same losses
+    everything = [chosen, [bank.card(ref).hash for ref in made_from], task.data]
     key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
     return Path("runs") / kind / name / key[:10]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from skillbank import Composed, MLPGate, fit, fresh, read, validation_loss
 from skillbank.skill import digest
@@ -68,6 +69,20 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, step):
     assert result.rows == whole.rows
     assert read(resumed.net).fingerprint == read(policy.net).fingerprint
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize("kind", ["base", "skill", "gate"])
+def test_a_compiled_run_has_the_losses_of_one_that_is_not_and_each_goes_on_for_the_other(kind, tmp_path):
+    _, whole = one_of(kind, until=8)
+    rows = torch.tensor([row["loss"] for row in whole])
+    for first in (True, False):
+        counters.clear()
+        assert one_of(kind, until=4, folder=tmp_path / str(first), compile=first) is None
+        _, resumed = one_of(kind, until=8, folder=tmp_path / str(first), compile=not first)
+        torch.testing.assert_close(torch.tensor([row["loss"] for row in resumed]), rows, rtol=1e-5, atol=1e-6)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

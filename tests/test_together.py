@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from skillbank import fit, fresh, read
 from skillbank.attach import detach
@@ -46,15 +47,17 @@ def alone(seed, *, rank, scale, dropout, **options):
     return [row["loss"] for row in came_to.rows], read(policy.net)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize(("dropout", "compiled"), [(0.0, False), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize(
     ("seeds", "ranks", "scales", "lr"),
     [([3], 4, 16.0, [3e-3]), ([0, 1, 5], 4, 16.0, [3e-3] * 3), ([2, 0, 7], [1, 4, 3], [16.0, 2.0, 8.0], [3e-3, 1e-3, 1e-2])],
     ids=["one", "seeds", "hyperparameters"],
 )
-def test_losses_and_skills_are_those_of_runs_of_their_own(dropout, seeds, ranks, scales, lr):
+def test_losses_and_skills_are_those_of_runs_of_their_own(dropout, compiled, seeds, ranks, scales, lr):
     together = Together(policy_of(dropout), seeds, ranks=ranks, scales=scales)
     seen = []
+    counters.clear()
     fit(
         together,
         together_batches([batches_of(seed) for seed in seeds]),
@@ -62,8 +65,10 @@ def test_losses_and_skills_are_those_of_runs_of_their_own(dropout, seeds, ranks,
         seed=seeds[0],
         validate=lambda: seen.append(together.latest) or 0.0,
         validate_every=1,
+        compile=compiled,
         **OPTIONS,
     )
+    assert counters["stats"]["unique_graphs"] == (1 if compiled else 0)
     for k, seed in enumerate(seeds):
         rank = ranks if isinstance(ranks, int) else ranks[k]
         scale = scales if isinstance(scales, float) else scales[k]

@@ -1,8 +1,9 @@
-"""A model whose predictions are one compiled function: gate, denoise steps and samples together; on a GPU it is replayed as a CUDA graph."""
+"""Predictions and losses of a model as one compiled function; on a GPU it is replayed as a CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from skillbank.model import Batch, ModelModule
 
-__all__ = ["Compiled"]
+__all__ = ["Compiled", "compiled_loss"]
 
 
 class Compiled(nn.Module):
@@ -50,9 +51,7 @@ class Compiled(nn.Module):
         if self._function is None:
             cuda = next(self.model.parameters()).is_cuda
             chosen = {"fullgraph": True, "dynamic": False, **({"mode": "reduce-overhead"} if cuda else {}), **self.options}
-            # of a code object of its own, since torch counts compilations, and gives up after eight, by code object
-            own = FunctionType(_predict.__code__.replace(), _predict.__globals__)
-            self._function = torch.compile(own, **chosen)
+            self._function = torch.compile(_own(_predict), **chosen)
         prediction = self._function(self.model, batch, **options)
         return prediction.clone() if prediction.is_cuda else prediction  # a graph's next replay writes over its output
 
@@ -61,5 +60,26 @@ class Compiled(nn.Module):
         return {**self.__dict__, "_function": None}
 
 
+def compiled_loss(model: nn.Module) -> Callable[[Batch], Tensor]:
+    """`model(batch)`, compiled, and so is its gradient; what it draws at random is what it would draw if it were not compiled.
+
+    Args:
+        model: any; where torch cannot compile a part of it, that part runs as it is. On a GPU it becomes a CUDA graph, but not if one of its modules
+            says that it is not `replayable`.
+
+    """
+    graph = next(model.parameters()).is_cuda and all(getattr(module, "replayable", True) for module in model.modules())
+    return partial(torch.compile(_own(_loss), dynamic=False, options={"fallback_random": True, "triton.cudagraphs": graph}), model)
+
+
+def _own(function: Any) -> Any:
+    """The function with a code object of its own, since torch counts compilations, and gives up after eight, by code object."""
+    return FunctionType(function.__code__.replace(), function.__globals__)
+
+
 def _predict(model: ModelModule, batch: Batch, **options: Any) -> Tensor:
     return model.predict(batch, **options)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch)

@@ -31,6 +31,11 @@ class Streams(TorchDispatchMode):
         self.seeds, self.rows = seeds, rows
         self.states: dict[torch.device, list[Tensor]] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What runs in the block may be compiled."""
+        return True
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of torch."""
         kwargs = kwargs or {}

@@ -40,6 +40,9 @@ class Together(nn.Module):
 
     """
 
+    replayable = False
+    """A CUDA graph would draw from one stream."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,6 +79,7 @@ class Together(nn.Module):
         """Net of the base."""
         return self.model.net
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # what is in the block may be compiled, the block itself not
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of the skills, (), for a batch (B, ...) that holds the examples of each one after another."""
         rows, count = len(next(iter(batch.values()))), len(self.skills)
