@@ -29,7 +29,7 @@ from skillbank.report import markdown
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.plan import carry_out, plan_gated
-from skillbank.runtime.routed import _Bags, routed
+from skillbank.runtime.routed import _Bags, prepare, routed
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ def checks() -> list[dict[str, Any]]:
         results = []
         for ops, kind in ((None, dtype), (_Bags(), torch.float32)):
             inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, a, b, weights)]
-            y = routed(inputs[0], inputs[1], inputs[2], index, inputs[3], ops=ops)
+            y = routed(inputs[0], inputs[1], inputs[2], index, inputs[3], prepared=prepare(index, slots, rank, ops=ops))
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         worst = max(float((one.float() - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
         assert worst < (1e-4 if dtype == torch.float32 else 3e-2), f"the kernels are {worst} off in {dtype}"

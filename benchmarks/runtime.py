@@ -6,8 +6,9 @@ python -m benchmarks.runtime --from-results     the stored tables
 
 A 512 x 512 linear layer in float32, skills of rank 8, 64 tokens, each with weights of its own. Medians of rounds in which every contender runs
 once. "limit" is what no arrangement on these libraries gets below: the base's product and the two of the factors that are used, as plain matrix
-products. What the peers compute: `PEFT loop` runs all k adapters, each with weight 1; `PEFT mixed batch` gives each token one adapter; Arrow and
-X-LoRA weight them per token as we do, here without the cost of finding the weights (for X-LoRA, a second pass of the model).
+products. What the peers compute: `PEFT loop` runs all k adapters, each with weight 1; `PEFT mixed batch` gives each token one adapter, as `ours,
+mixed batch` does; Arrow and X-LoRA weight them per token as we do, here without the cost of finding the weights (for X-LoRA, a second pass of the
+model).
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ def skill(seed: int) -> sb.Skill:
     return sb.Skill({"0": (a, b)})
 
 
+def slots_of(net: nn.Sequential, count: int) -> sb.Slots:
+    """Slots on a net with the skills in them."""
+    made = sb.Slots(net, count, rank=RANK)
+    for slot in range(count):
+        made.put(slot, skill(slot))
+    lay_out(net)
+    return made
+
+
 def conf() -> LoraConfig:
     """What PEFT is told of an adapter."""
     return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], inference_mode=True)
@@ -86,12 +96,18 @@ def forward(count: int) -> Contenders:
     loop = peft_of(base(), count)
     loop.base_model.set_adapter([f"task_{k}" for k in range(count)])
     layer = cast("LoraLayer", loop.base_model.model[0])
-    names = [f"task_{k % count}" for k in range(TOKENS)]
+    index = torch.arange(TOKENS) % count
+    names = [f"task_{k}" for k in index]
+    one_each = base()
+    slots = slots_of(one_each, count)
+    slots.cell.mix(sb.Routes(index[:, None], torch.ones(TOKENS, 1)))
     torch.testing.assert_close(fused(x), reference(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one_each(x), layer(x, adapter_names=names), rtol=1e-4, atol=1e-4)
     return products(x, count * RANK) | {
         "ours": lambda: fused(x),
         "ours, reference path": lambda: reference(x),
         "PEFT loop": lambda: layer(x),
+        "ours, mixed batch": lambda: one_each(x),
         "PEFT mixed batch": lambda: layer(x, adapter_names=names),
     }
 
@@ -131,11 +147,7 @@ def top_two(slots: int, *, peers: bool) -> Contenders:
     index = dense.topk(k).indices
     routes = sb.Routes(index, dense.gather(1, index).softmax(-1))
     net = base()
-    made = sb.Slots(net, slots, rank=RANK)
-    for slot in range(slots):
-        made.put(slot, skill(slot))
-    made.cell.mix(routes)
-    lay_out(net)
+    slots_of(net, slots).cell.mix(routes)
     found: Contenders = products(x, k * RANK) | {"ours": lambda: net(x)}
     if not peers:
         return found
@@ -165,9 +177,7 @@ def top_two(slots: int, *, peers: bool) -> Contenders:
 
 def change(slots: int) -> Contenders:
     """One skill in the place of another, with this many resident."""
-    made = sb.Slots(base(), slots, rank=RANK)
-    for slot in range(slots):
-        made.put(slot, skill(slot))
+    made = slots_of(base(), slots)
     one, other = skill(slots), skill(slots + 1)
     turn = [0]
 

@@ -7,10 +7,9 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +42,8 @@ class Cell:
     def mix(self, weights: Weights | None, repeats: int = 1) -> None:
         """Set the weights for what the net runs on next."""
         self.weights, self.repeats = weights, repeats
-        self.made: dict[str, Tensor] = {}
-        """What the fast path makes of these weights once per module."""
+        self.made: dict[str, Any] = {}
+        """What the fast paths make of these weights, so that they make it once."""
 
     def of(self, name: str, rows: int) -> Tensor | Routes:
         """Weights of a module that runs on this many rows: one for each, or fewer by the number of repeats.
@@ -90,17 +89,17 @@ class Cell:
         return weights.view(aligned)
 
     def routes(self, name: str, shape: torch.Size) -> Routes | None:
-        """Routes (N, k) for the rows and tokens (B, ..., I) of a module, or None where there are weights of all skills; raises as `channels`."""
+        """Routes (G, k) of a module that runs on rows and tokens (B, ..., I), each for as many of them as the next; raises as `channels`.
+
+        None where there are weights of all skills.
+        """
         routes = self.of(name, shape[0])
-        if not isinstance(routes, Routes):
-            return None
+        if not isinstance(routes, Routes) or routes.index.dim() == 2:
+            return routes if isinstance(routes, Routes) else None
+        if routes.index.shape[1:-1] != shape[1:-1]:
+            raise ValueError(_other_tokens(name, shape, routes.index))
         if shape[0] > len(routes.index):
             routes = routes.repeat(self.repeats)
-        if routes.index.dim() == 2:
-            tokens = math.prod(shape[1:-1])
-            routes = routes if tokens == 1 else routes.repeat(tokens)
-        elif routes.index.shape[1:-1] != shape[1:-1]:
-            raise ValueError(_other_tokens(name, shape, routes.index))
         return Routes(routes.index.flatten(0, -2), routes.weights.flatten(0, -2))
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skillbank import Composed, MLPGate, Routes, Skill, Slots, TopK, attach
 from skillbank.mixture import Mixture
-from skillbank.runtime.routed import routed
+from skillbank.runtime.routed import prepare, routed
 
 try:
     from skillbank.runtime import kernels
@@ -40,7 +40,7 @@ def problem(rows, k, slots, rank, width, out, *, dtype=torch.float64, seed=0):
 def test_values_and_gradients(ops, rows, k, slots, rank, width, out):
     dtype, limit = (torch.float64, 1e-12) if ops is None else (torch.float32, 2e-5)
     x, a, b, index, weights = problem(rows, k, slots, rank, width, out, dtype=dtype)
-    expected, found = by_row(x, a, b, index, weights), routed(x, a, b, index, weights, ops=ops)
+    expected, found = by_row(x, a, b, index, weights), routed(x, a, b, index, weights, prepared=prepare(index, slots, rank, ops=ops))
     along = torch.randn_like(expected)
     for one, other in [
         (found, expected),
@@ -49,10 +49,24 @@ def test_values_and_gradients(ops, rows, k, slots, rank, width, out):
         assert (one - other).norm() <= limit * (1 + other.norm())
 
 
+@pytest.mark.parametrize(("groups", "each", "k", "slots"), [(1, 7, 2, 3), (4, 2, 1, 1), (3, 5, 4, 9)])
+def test_rows_that_share_routes_are_rows_with_the_same_routes(groups, each, k, slots):
+    x, a, b, index, weights = problem(groups * each, k, slots, 3, 6, 5)
+    index, weights = index[:groups], weights.detach()[:groups].requires_grad_()
+    found = routed(x, a, b, index, weights)
+    expected = by_row(x, a, b, index.repeat_interleave(each, 0), weights.repeat_interleave(each, 0))
+    along = torch.randn_like(expected)
+    for one, other in [
+        (found, expected),
+        *zip(*(torch.autograd.grad((y * along).sum(), (x, a, b, weights)) for y in (found, expected)), strict=True),
+    ]:
+        assert (one - other).norm() <= 1e-12 * (1 + other.norm())
+
+
 @pytest.mark.parametrize("ops", OPERATIONS)
 def test_only_what_is_asked_for_gets_a_gradient(ops):
     x, a, b, index, weights = problem(6, 2, 5, 3, 4, 7, dtype=torch.float32)
-    routed(x.detach(), a.detach(), b.detach(), index, weights, ops=ops).sum().backward()
+    routed(x.detach(), a.detach(), b.detach(), index, weights, prepared=prepare(index, 5, 3, ops=ops)).sum().backward()
     assert weights.grad is not None
     assert x.grad is a.grad is b.grad is None
 
@@ -60,7 +74,8 @@ def test_only_what_is_asked_for_gets_a_gradient(ops):
 @pytest.mark.skipif(kernels is None, reason="no Triton")
 def test_kernels_repeat_to_the_bit():
     x, a, b, index, weights = (tensor.detach() for tensor in problem(50, 4, 3, 8, 96, 64, dtype=torch.float32))
-    assert torch.equal(routed(x, a, b, index, weights, ops=kernels), routed(x, a, b, index, weights, ops=kernels))
+    told = prepare(index, 3, 8, ops=kernels)
+    assert torch.equal(routed(x, a, b, index, weights, prepared=told), routed(x, a, b, index, weights, prepared=told))
 
 
 class Net(nn.Module):

@@ -1,20 +1,21 @@
 """A few weighted skills per row, of many: work in proportion to how many a row has, not to how many there are, and training through it.
 
-Everything is made of three operations on the factors of S slots, as matrices m (S, R, I) of rows in the rank's order:
-`shrink`: (N, k, R) products of row n with the R rows of each of its k slots; `expand`: (N, I) sums of those rows by coefficients (N, k, R);
-`scatter`: (S, R, I) what `expand` has as its gradient. On a GPU they are kernels of our own, elsewhere the three kernels of `embedding_bag`.
+Where every row has routes of its own, everything is made of three operations on the factors of S slots, as matrices m (S, R, I) of rows in the
+rank's order: `shrink`: (N, k, R) products of row n with the R rows of each of its k slots; `expand`: (N, I) sums of those rows by coefficients
+(N, k, R); `scatter`: (S, R, I) what `expand` has as its gradient. On a GPU they are kernels of our own, elsewhere the three kernels of
+`embedding_bag`. Where rows share routes, as the tokens of a prompt or the samples of an observation do, their factors are gathered once for all.
 
-Shapes: N rows, k slots of each, S slots, R rank of one, I in, O out.
+Shapes: N rows, G groups of rows with the same routes, k slots of each, S slots, R rank of one, I in, O out.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Operations", "routed"]
+__all__ = ["Operations", "Prepared", "prepare", "routed"]
 
 
 class Operations(Protocol):
@@ -64,45 +65,66 @@ class _Bags:
         return result.index_add_(0, rows, coefficients.flatten()[:, None] * x[bag]).view(slots, rank, -1)
 
 
+class Prepared(NamedTuple):
+    """Operations, and what they were told of an index; it serves all layers with as many slots and the same rank."""
+
+    ops: Operations
+    told: Any
+
+
+def prepare(index: Tensor, slots: int, rank: int, *, ops: Operations | None = None) -> Prepared:
+    """For `routed`; `ops` is what computes it, by default our kernels on a GPU and `embedding_bag` elsewhere."""
+    ops = ops or (_kernels() if index.is_cuda else _Bags())
+    return Prepared(ops, ops.prepare(index, slots, rank))
+
+
 class _Routed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ops: Operations, x: Tensor, a: Tensor, b: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        prepared = ops.prepare(index, len(a), a.shape[1])
-        hidden = ops.shrink(x, a, prepared)
-        ctx.ops, ctx.prepared = ops, prepared
+    def forward(ctx: Any, prepared: Prepared, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+        ops, told = prepared
+        hidden = ops.shrink(x, a, told)
+        ctx.prepared = prepared
         ctx.save_for_backward(x, a, b, weights, hidden)
-        return ops.expand(hidden * weights[:, :, None], b, prepared)
+        return ops.expand(hidden * weights[:, :, None], b, told)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, weights, hidden = ctx.saved_tensors
-        ops: Operations = ctx.ops
-        _, need_x, need_a, need_b, _, need_weights = ctx.needs_input_grad
+        ops, told = ctx.prepared
+        _, need_x, need_a, need_b, need_weights = ctx.needs_input_grad
         dy = gradients[0].contiguous()
-        before = ops.shrink(dy, b, ctx.prepared)
+        before = ops.shrink(dy, b, told)
         inner = before * weights[:, :, None]
-        dx = ops.expand(inner, a, ctx.prepared) if need_x else None
-        da = ops.scatter(inner, x, ctx.prepared) if need_a else None
-        db = ops.scatter(hidden * weights[:, :, None], dy, ctx.prepared) if need_b else None
-        return None, dx, da, db, None, (before * hidden).sum(-1) if need_weights else None
+        dx = ops.expand(inner, a, told) if need_x else None
+        da = ops.scatter(inner, x, told) if need_a else None
+        db = ops.scatter(hidden * weights[:, :, None], dy, told) if need_b else None
+        return None, dx, da, db, (before * hidden).sum(-1) if need_weights else None
 
 
-def routed(x: Tensor, a: Tensor, b: Tensor, index: Tensor, weights: Tensor, *, ops: Operations | None = None) -> Tensor:
-    """`sum_j weights[n, j] B[index[n, j]] A[index[n, j]] x[n]` for every row n, (N, O).
+def routed(x: Tensor, a: Tensor, b: Tensor, index: Tensor, weights: Tensor, *, prepared: Prepared | None = None) -> Tensor:
+    """`sum_j weights[g, j] B[index[g, j]] A[index[g, j]] x[n]` for every row n of group g, (N, O).
 
     Args:
-        x: (N, I).
+        x: (N, I), the N / G rows of a group next to each other.
         a: (S, R, I).
         b: (S, R, O), every B transposed.
-        index: (N, k) int64 in 0..S-1.
-        weights: (N, k).
-        ops: what computes it; default: our kernels on a GPU, `embedding_bag` elsewhere.
+        index: (G, k) int64 in 0..S-1.
+        weights: (G, k).
+        prepared: of the index, where it is known already.
 
     """
-    if ops is None:
-        ops = _kernels() if x.is_cuda else _Bags()
-    result: Tensor = _Routed.apply(ops, x.contiguous(), a, b, index, weights.to(a.dtype))  # type: ignore[no-untyped-call]
+    if len(index) < len(x):
+        return _shared(x, a, b, index, weights)
+    prepared = prepared or prepare(index, len(a), a.shape[1])
+    result: Tensor = _Routed.apply(prepared, x.contiguous().to(a.dtype), a, b, weights.to(a.dtype))  # type: ignore[no-untyped-call]
     return result
+
+
+def _shared(x: Tensor, a: Tensor, b: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """As two products of each group with the factors of its k slots, one below the other."""
+    down, up = (factors[index].flatten(1, 2) for factors in (a, b))
+    hidden = x.to(a.dtype).view(len(index), -1, x.shape[1]) @ down.mT
+    return (hidden * weights.to(hidden.dtype).repeat_interleave(a.shape[1], 1)[:, None] @ up).flatten(0, 1)
 
 
 def _kernels() -> Operations:

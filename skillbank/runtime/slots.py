@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skillbank.attach import mark, matrix, plain_modules
 from skillbank.mixture import Cell
 from skillbank.runtime.fused import gated_linear
-from skillbank.runtime.routed import routed
+from skillbank.runtime.routed import prepare, routed
 from skillbank.skill import Skill
 
 __all__ = ["Slots"]
@@ -120,5 +120,8 @@ def _forward(layer: nn.Module, slots: Slots, place: int, x: Tensor) -> Tensor:
     routes = slots.cell.routes(name, x.shape)
     if routes is None:
         return gated_linear(x, weight, bias, a.flatten(0, 1), b.flatten(0, 1).mT, slots.cell.channels(name, None, x.shape))
+    rows, made, key = x.flatten(0, -2), slots.cell.made, f"{len(routes.index)} routes"
+    if len(routes.index) == len(rows) and key not in made:
+        made[key] = prepare(routes.index, slots.count, slots.rank)
     y = nn.functional.linear(x, weight.mT, bias)
-    return y + routed(x.flatten(0, -2), a, b, routes.index, routes.weights).view_as(y)
+    return y + routed(rows, a, b, routes.index, routes.weights, prepared=made.get(key)).view_as(y)
