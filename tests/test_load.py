@@ -80,7 +80,7 @@ def test_loaded_is_live(bank, name, temperature):
     assert torch.equal(predict(loaded, temperature), expected)
     assert name == "base" or not torch.equal(expected, predict(tiny_policy(), temperature))
     for plan in [None] if name == "base" else [None, "factors"]:
-        close(predict(sb.load(name, bank, plan=plan), temperature), expected)
+        close(predict(sb.load(name, bank, plan=plan), temperature), expected, 1e-4)  # five steps blow up what is rounded in the first
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skillbank.attach import mark, matrix, plain_modules
 from skillbank.mixture import Cell
 from skillbank.runtime.fused import gated_linear
+from skillbank.runtime.products import linear
 from skillbank.runtime.routed import prepare, routed
 from skillbank.skill import Skill
 
@@ -123,5 +124,5 @@ def _forward(layer: nn.Module, slots: Slots, place: int, x: Tensor) -> Tensor:
     rows, made, key = x.flatten(0, -2), slots.cell.made, f"{len(routes.index)} routes"
     if len(routes.index) == len(rows) and key not in made:
         made[key] = prepare(routes.index, slots.count, slots.rank)
-    y = nn.functional.linear(x, weight.mT, bias)
+    y = linear(x, weight, bias)
     return y + routed(rows, a, b, routes.index, routes.weights, prepared=made.get(key)).view_as(y)
