@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -190,8 +191,8 @@ class Rebuilt:
 
     Args:
         ref: exact reference.
-        differences: what is not bit-equal: `{part: size of the difference over the size of what is stored}`; a part is a module, a tensor or a
-            metric.
+        differences: what is not bit-equal, of the metrics of a merge what differs by more than rounding: `{part: size of the difference over the
+            size of what is stored}`; a part is a module, a tensor or a metric.
         changed: what has changed since it was made, and may be why: data sets by hash, tools by version.
 
     """
@@ -240,7 +241,8 @@ def _differences(stored: object, made: Made, card: Card) -> dict[str, float]:
         return {} if stored.fingerprint == made.thing.fingerprint else distance(stored, made.thing)
     if isinstance(stored, Composition) and stored.merge is not None:
         now = made.card["metrics"]
-        return {key: abs(now[key] - card.metrics[key]) for key in now if card.metrics.get(key) != now[key]}
+        then = {key: card.metrics.get(key, math.nan) for key in now}
+        return {key: abs(now[key] - then[key]) for key in now if not math.isclose(now[key], then[key], rel_tol=1e-9)}
     assert isinstance(stored, Base | Composition)
     assert isinstance(made.thing, Base | Composition)
     return _apart(stored.tensors, made.thing.tensors)
