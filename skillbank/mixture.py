@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
@@ -159,7 +160,12 @@ class Mixed(nn.Module):
         """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
         self._mix(batch, (samples or 1) * getattr(self.model, "repeats", 1))
         options = {} if samples is None else {"samples": samples}
-        return self.model.predict(batch, **options)
+        with self._every_pass():
+            return self.model.predict(batch, **options)
+
+    def _every_pass(self) -> AbstractContextManager[None]:
+        """In this block, weights that change from pass to pass of the net are set ahead of each."""
+        return nullcontext()
 
     def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
         """Set the mixture's weights for a batch."""
@@ -229,3 +235,8 @@ class Composed(Mixed):
             raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
         self.mixture.cell.mix(weights, repeats)
         return weights
+
+    def _every_pass(self) -> AbstractContextManager[None]:
+        if not getattr(self.model, "tokens", False):
+            return nullcontext()
+        return cast("Any", self.model).passes(lambda context: self.mixture.cell.mix(self.gate(context)))

@@ -99,8 +99,9 @@ class Server:
         for some, recipes in self._passes([self._recipe(ref) for ref in refs]):
             index = torch.tensor(some)
             part = {key: value[index.to(value.device)] for key, value in batch.items()}
-            self.slots.cell.mix(self._routes(part, recipes), options.get("samples") or 1)
-            with nullcontext() if seeds is None else Streams([seeds[i] for i in some], len(some) * (options.get("samples") or 1)):
+            repeats = (options.get("samples") or 1) * getattr(self.model, "repeats", 1)
+            self.slots.cell.mix(self._routes(part, recipes), repeats)
+            with nullcontext() if seeds is None else Streams([seeds[i] for i in some], len(some) * repeats):
                 found.append((index, self._answer.predict(part, **options)))
         order = torch.cat([index for index, _ in found]).argsort()
         return torch.cat([prediction for _, prediction in found])[order.to(found[0][1].device)]

@@ -5,36 +5,21 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from skillbank import Composed, MLPGate, Routes, Skill, Slots, TopK, check_model
+from skillbank import Bank, Base, Composed, Composition, MLPGate, Routes, Server, Skill, Slots, Together, TopK, check_model, fit, fresh, load, read
 from skillbank.attach import is_linear
 from skillbank.mixture import Mixture
+from skillbank.models.transformer import CausalLM
 from skillbank.runtime.fused import fuse
 
-LENGTH, VOCABULARY = 5, 31
+LENGTH, NEW, VOCABULARY = 5, 6, 31
 
 
-class Text(nn.Module):
-    """A `Model` around a causal language model: the loss of the next token, and the tokens that greedy or beam search goes on with."""
-
-    def __init__(self, net, *, beams=1, cache=True, tokens=False):
-        super().__init__()
-        self.net, self.repeats, self.cache, self.tokens = net, beams, cache, tokens
-
-    def forward(self, batch):
-        return self.net(batch["input_ids"], labels=batch["input_ids"]).loss
-
-    @torch.no_grad()
-    def context(self, batch):
-        words = self.net.get_input_embeddings()(batch["input_ids"])
-        return words if self.tokens else words.mean(1)
-
-    @torch.no_grad()
-    def predict(self, batch):
-        options = {"num_beams": self.repeats, "use_cache": self.cache, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-        every = torch.ones_like(batch["input_ids"])
-        return self.net.generate(batch["input_ids"], attention_mask=every, eos_token_id=None, **options)[:, LENGTH:]
+def text(net, *, beams=1, cache=True, tokens=False):
+    options = {"num_beams": beams, "use_cache": cache, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return CausalLM(net, tokens=tokens, generation=options)
 
 
 def net_of(kind):
@@ -64,7 +49,7 @@ def skills_of(net, count):
 def composed(kind, path, **options):
     net = net_of(kind)
     skills = skills_of(net, 3)
-    model = Text(net, **options)
+    model = text(net, **options)
     gate = MLPGate(16, 3, hidden=(8,)).double()
     torch.manual_seed(1)
     nn.init.normal_(gate.head.weight, std=3.0)
@@ -90,7 +75,7 @@ def test_every_path_says_the_same(kind):
         assert torch.equal(composed(kind, "fused", cache=cache).predict(BATCH), expected)
     routed = composed(kind, "routes", cache=False).predict(BATCH)
     assert torch.equal(composed(kind, "slots").predict(BATCH), routed)
-    assert not torch.equal(Text(net_of(kind)).predict(BATCH), expected)
+    assert not torch.equal(text(net_of(kind)).predict(BATCH), expected)
     assert not torch.equal(routed, expected)
 
 
@@ -104,21 +89,142 @@ def test_a_batch_of_prompts_is_each_alone_with_beams_too(kind, path):
             assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), together[i : i + 1])
 
 
+def greedily(model, ids):
+    """New tokens, every one from a full pass under the weights of every token."""
+    for _ in range(NEW):
+        model.mixture.cell.mix(model.weights({"input_ids": ids}))
+        with torch.no_grad():
+            logits = model.net(ids).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids[:, LENGTH:]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("path", ["reference", "fused", "slots"])
-def test_weights_per_token_train_but_do_not_generate(path):
-    model = composed("llama", path, tokens=True)
-    loss = model(BATCH)
-    loss.backward()
+def test_weights_per_token_train_and_generate(kind, path):
+    model = composed(kind, path, tokens=True)
+    model(BATCH).backward()
     head = (model.gate.gate if path == "slots" else model.gate).head
     assert head.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"runs on rows and tokens \(4, 1\), the gate gave weights for \(4, 5\)"):
-        model.predict(BATCH)
+    expected = greedily(model, BATCH["input_ids"])
+    for cache in (True, False):
+        model.model.generation["use_cache"] = cache
+        assert torch.equal(model.predict(BATCH), expected)
+    assert not torch.equal(composed(kind, path).predict(BATCH), expected)
+    model.model.generation["num_beams"] = 3
+    together = model.predict(BATCH)
+    for i in range(4):
+        assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), together[i : i + 1])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("path", ["reference", "fused", "slots"])
+def test_prompts_of_other_lengths_go_on_as_they_do_alone(path, tokens):
+    model = composed("llama", path, tokens=tokens)
+    lengths, ids = [5, 2, 4, 1], BATCH["input_ids"]
+    right = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    left = {"input_ids": torch.stack([row.roll(LENGTH - length) for row, length in zip(ids, lengths, strict=True)]), "attention_mask": right.flip(1)}
+    answered = {"input_ids": ids, "labels": ids.masked_fill(right, -100)}
+    alone = torch.cat([model.predict({"input_ids": ids[i : i + 1, :length]}) for i, length in enumerate(lengths)])
+    for batch in ({"input_ids": ids, "attention_mask": right}, left, answered):
+        assert torch.equal(model.predict(batch), alone)
+    if not tokens:
+        expected = torch.cat([model.context({"input_ids": ids[i : i + 1, :length]}) for i, length in enumerate(lengths)])
+        torch.testing.assert_close(model.context(answered), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_loss_is_that_of_transformers_row_by_row(kind):
+    model = text(net_of(kind))
+    ids = BATCH["input_ids"]
+    labels = ids.masked_fill(torch.arange(LENGTH) < torch.tensor([3, 0, 4, 1])[:, None], -100)
+    expected = torch.stack([model.net(ids[i : i + 1], labels=labels[i : i + 1]).loss for i in range(4)])
+    torch.testing.assert_close(model.losses({"input_ids": ids, "labels": labels}), expected.double(), rtol=1e-6, atol=0)
+    mask = torch.arange(LENGTH) < torch.tensor([5, 4, 3, 2])[:, None]
+    shorter = [model.net(ids[i : i + 1, : 5 - i], labels=ids[i : i + 1, : 5 - i]).loss for i in range(4)]
+    torch.testing.assert_close(model({"input_ids": ids, "attention_mask": mask}), torch.stack(shorter).double().mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("path", ["reference", "fused", "slots"])
+def test_a_compiled_net_goes_on_with_other_weights(path, tokens):
+    model = composed("llama", path, tokens=tokens)
+    expected = model.predict(BATCH)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model.model.generation |= {"cache_implementation": "static", "disable_compile": True}
+    model.net.compile(backend=counter, fullgraph=True, dynamic=False)
+    assert torch.equal(model.predict(BATCH), expected)
+    seen = counter.frame_count
+    with torch.no_grad():
+        for p in model.gate.parameters():
+            p.mul_(-1)
+    assert not torch.equal(model.predict(BATCH), expected)
+    frames = 2 * (1 + tokens) + (path == "slots" and not tokens)  # prompt and next token; the gate's; what is made of routes that stay
+    assert counter.frame_count == seen == frames
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_a_gate_that_trains_compiled():
+    found = []
+    for compiled in (False, True):
+        model = composed("llama", "fused", tokens=True)
+        rows = fit(model, lambda start: iter([BATCH] * 3), model.gate.parameters(), steps=3, log_every=1, compile=compiled, progress=False).rows
+        found.append(torch.tensor([row["loss"] for row in rows]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+    assert found[0][2] < found[0][0]
+
+
+def test_skills_of_a_transformer_that_train_at_once_are_those_that_train_alone():
+    rows = torch.randint(VOCABULARY, (3, 4, LENGTH), generator=torch.Generator().manual_seed(3))
+    options = {"steps": 3, "log_every": 1, "progress": False, "ema": None, "lr": 1e-2}
+    alone = []
+    for seed in range(3):
+        model = text(net_of("gpt2"))  # with dropout
+        torch.manual_seed(seed)
+        params = fresh(model.net, rank=2)
+        fit(model, lambda start, seed=seed: iter([{"input_ids": rows[seed]}] * 3), params, seed=seed, **options)
+        alone.append(read(model.net))
+    together = Together(text(net_of("gpt2")), [0, 1, 2], ranks=2)
+    fit(together, lambda start: iter([{"input_ids": rows.flatten(0, 1)}] * 3), together.groups(), seed=0, **options)
+    for k, skill in enumerate(alone):
+        found = together.read(k)
+        for name in skill:
+            torch.testing.assert_close(found.delta(name), skill.delta(name), rtol=1e-6, atol=1e-9)
+        assert max(float(skill.delta(name).abs().max()) for name in skill) > 1e-3
+
+
+def test_many_versions_in_one_batch_say_what_each_says_alone(tmp_path):
+    bank = Bank(tmp_path)
+    config = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    generation = {"max_new_tokens": NEW, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
+    conf = {"_target_": "skillbank.models.transformer.CausalLM", "net": config, "generation": generation}
+    torch.manual_seed(0)
+    model = CausalLM(config, generation=generation)
+    base = bank.put(Base(conf, model.state_dict()), "base")
+    for k, skill in enumerate(skills_of(model.net, 3)):
+        single = Skill({name: (a.float(), b.float()) for name, (a, b) in skill.factors.items()})
+        bank.put(single, f"skill-{k}", card={"base": base})
+    torch.manual_seed(1)
+    gate = MLPGate(16, 2)
+    nn.init.normal_(gate.head.weight, std=3.0)
+    gate_conf = {"_target_": "skillbank.MLPGate", "context_dim": 16, "skills": 2}
+    bank.put(Composition("base", ("skill-0", "skill-2"), gate=gate_conf, tensors=gate.state_dict()), "gated")
+    refs = ["gated", "skill-1", "base", "gated"]
+    found = Server("base", bank, slots=2, rank=2).predict(BATCH, refs, seeds=[5, 6, 7, 5])
+    for i, ref in enumerate(refs):
+        model = load(ref, bank)
+        torch.manual_seed([5, 6, 7, 5][i])
+        assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), found[i : i + 1])
 
 
 def test_beams_that_were_not_announced_are_refused():
     model = composed("llama", "fused", beams=3)
-    model.model.repeats, beams = 1, model.model
+    beams = model.model
     beams.predict = lambda batch: beams.net.generate(batch["input_ids"], num_beams=3, max_new_tokens=2, pad_token_id=0)
+    beams.generation["num_beams"] = 1
     with pytest.raises(ValueError, match="runs on 12 rows, the gate gave weights for 4: it must keep the batch"):
         model.predict(BATCH)
 

@@ -54,7 +54,7 @@ HOMES = {
     "rich": {"display"},
     "safetensors": {"tensors", "bank.records"},
     "tqdm": {"fit"},
-    "transformers": {"attach", "shards"},
+    "transformers": {"attach", "shards", "models.transformer"},
     "triton": {"runtime.kernels"},
     "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},

@@ -23,7 +23,7 @@ __all__ = ["Together", "together_batches"]
 
 
 class Together(nn.Module):
-    """K fresh skills on a model's net; a model for `fit`, whose loss is the sum of theirs: `fit(together, batches, together.parameters())`.
+    """K fresh skills on a model's net; a model for `fit`, whose loss is the sum of theirs: `fit(together, batches, together.groups())`.
 
     Every skill starts as `torch.manual_seed(seed); fresh(net, ...)` starts it, and goes on as `fit(..., seed=seed)` would, if `fit` gets the first
     seed. A clip of the gradient would be of all of them together.
