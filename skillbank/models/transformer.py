@@ -60,10 +60,9 @@ class CausalLM(nn.Module):
     def losses(self, batch: Batch) -> Tensor:
         """Loss of every row, (B,): the mean over its tokens that count; all of them where the batch has no labels."""
         labels = batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(_mask(batch) == 0, IGNORED)
-        logits = self.net(input_ids=batch["input_ids"], attention_mask=_mask(batch)).logits[:, :-1]
-        each = nn.functional.cross_entropy(
-            logits.mT.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-        )
+        logits = self.net(input_ids=batch["input_ids"], attention_mask=_mask(batch)).logits[:, :-1].mT
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        each = nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=IGNORED, reduction="none")
         return each.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
 
     @torch.no_grad()
