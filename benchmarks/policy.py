@@ -5,8 +5,9 @@ python -m benchmarks.policy --quick             K = 2 and few rounds, on one thr
 python -m benchmarks.policy --from-results      the stored table
 
 The walker's policy (24 observations, 6 actions, 1.64 million weights), skills of rank 8. "reference" is PEFT's layers and a hook; "planned" is what
-`load(..., samples=N)` chooses; "compiled" is that with `compile=True`; "merged, compiled" has constant weights. "limit" is the base's matrix products
-alone. Thread counts are pinned by the affinity of the process, for torch and JAX alike. Actions at temperature 0 agree to 1e-3 first.
+`load(..., samples=N)` chooses; "compiled" is that with `compile=True`; "merged, compiled" has constant weights. "limit" is the matrix products that
+cannot be done without: the base's, and those that merge the skills for the observation, or of their factors, whichever are fewer. Thread counts are
+pinned by the affinity of the process, for torch and JAX alike. Actions at temperature 0 agree to 1e-3 first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from skillbank.report import markdown
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.fused import lay_out
 from skillbank.runtime.plan import carry_out, plan_constant, plan_gated
+from skillbank.runtime.products import product
 
 RESULTS = Path(__file__).parent / "results" / "policy.jsonl"
 
@@ -76,13 +78,9 @@ def contenders(count: int, samples: int) -> dict[str, Any]:
     merged = sb.stack(skills(count), [1 / count] * count)
     carry_out(plan_constant(constant.net, merged), constant.net, merged)
     lay_out(constant.net)
-    products = [layer for layer in base.net.modules() if isinstance(layer, nn.Linear)]
-    inputs = [torch.randn(samples, layer.in_features) for layer in products]
-    weights = [layer.weight.detach().mT.contiguous() for layer in products]
-    limit = lambda: [x @ w for _ in range(base.steps) for x, w in zip(inputs, weights, strict=True)]  # noqa: E731
     fast, always = Compiled(copy.deepcopy(planned)), Compiled(constant)
     found: dict[str, Any] = {
-        "limit": limit,
+        "limit": limit(base, count * 8, samples),
         "base, reference": lambda: base.predict(batch, samples=samples),
         "reference": lambda: reference.predict(batch, samples=samples),
         "planned": lambda: planned.predict(batch, samples=samples),
@@ -94,6 +92,24 @@ def contenders(count: int, samples: int) -> dict[str, Any]:
     for composed in (reference, planned, cast("sb.Composed", fast.model)):
         cast("DiffusionPolicy", composed.model).temperature = 1.0
     return found
+
+
+def limit(base: DiffusionPolicy, rank: int, samples: int) -> Any:
+    """Products that cannot be done without."""
+    weights = [layer.weight.detach().mT.contiguous() for layer in base.net.modules() if isinstance(layer, nn.Linear)]
+    shapes = [(torch.randn(samples, len(w)), w, torch.randn(len(w), rank), torch.randn(rank, w.shape[1])) for w in weights]
+
+    def products() -> None:
+        for x, w, a, b in shapes:
+            merge = samples * base.steps > w.numel() / sum(w.shape)
+            if merge:
+                product(a, b)
+            for _ in range(base.steps):
+                product(x, w)
+                if not merge:
+                    product(product(x, a), b)
+
+    return products
 
 
 def jax_contender(count: int, samples: int, reference: sb.Composed, observation: torch.Tensor) -> Any:

@@ -31,6 +31,7 @@ from skillbank.models.diffusion import DiffusionPolicy, Mish
 from skillbank.report import markdown
 from skillbank.runtime.compiled import compiled_loss
 from skillbank.runtime.fused import fuse
+from skillbank.runtime.products import product
 
 RESULTS = Path(__file__).parent / "results" / "training.jsonl"
 RANK, SCALE, LR, DECAY = 8, 16.0, 1e-3, 1e-4
@@ -97,9 +98,9 @@ def limit(rows: int) -> Callable[[], None]:
 
     def products() -> None:
         for name, weight in layers.items():
-            inputs[name] @ weight.mT
+            product(inputs[name], weight.mT)
             if name != "time.1":
-                outputs[name] @ (weight[:, -128:] if name == "enter" else weight)
+                product(outputs[name], weight[:, -128:] if name == "enter" else weight)
 
     return products
 

@@ -200,5 +200,6 @@ def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
 def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:
     """`weight + A^T diag(channels) B^T` for every row of channels (G, R), (G, I, O)."""
     if len(channels) == 1:
-        return torch.addmm(weight, a.mT * channels, b.mT)[None]
+        left = a.mT * channels
+        return (torch.addmm(weight, left, b.mT) if torch.is_grad_enabled() else add_product(weight, left, b.mT, keep=True))[None]
     return torch.baddbmm(weight.expand(len(channels), -1, -1), a.mT * channels[:, None, :], b.mT.expand(len(channels), -1, -1))

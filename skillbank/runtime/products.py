@@ -38,11 +38,11 @@ def product(rows: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
     return rows @ m if bias is None else torch.addmm(bias, rows, m)
 
 
-def add_product(y: Tensor, rows: Tensor, m: Tensor) -> Tensor:
-    """`y + rows m`, (N, O), (N, I), (I, O) -> (N, O), in y where that is possible, and without a gradient of its own."""
+def add_product(y: Tensor, rows: Tensor, m: Tensor, *, keep: bool = False) -> Tensor:
+    """`y + rows m`, (N, O), (N, I), (I, O) -> (N, O), without a gradient of its own; y may be written over unless it is to be kept."""
     if _by_onednn(rows, m):
         return _add_product(y, rows, m)
-    return y.addmm_(rows, m)
+    return torch.addmm(y, rows, m) if keep else y.addmm_(rows, m)
 
 
 def linear(x: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
