@@ -100,7 +100,7 @@ def limit(rows: int) -> Callable[[], None]:
         for name, weight in layers.items():
             product(inputs[name], weight.mT)
             if name != "time.1":
-                product(outputs[name], weight[:, -128:] if name == "enter" else weight)
+                product(outputs[name], weight[:, -128:].contiguous() if name == "enter" else weight)
 
     return products
 

@@ -53,7 +53,9 @@ def linear(x: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_onednn(rows: Tensor, m: Tensor) -> bool:
-    return _BY_ONEDNN and rows.dtype == torch.float32 == m.dtype and rows.device.type == "cpu" and rows.numel() * m.shape[1] >= _LARGE
+    if not (_BY_ONEDNN and rows.dtype == torch.float32 == m.dtype and rows.device.type == "cpu" and rows.numel() * m.shape[1] >= _LARGE):
+        return False
+    return m.is_contiguous() or m.mT.is_contiguous()  # for parts of a matrix oneDNN has only its reference implementation, 1000 times as slow
 
 
 def _product(rows: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
