@@ -44,7 +44,9 @@ def where() -> Row:
     """Machine, torch and commit, as they stand beside every result."""
     import torch
 
-    return {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit()}
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return {"device": (names or [platform.processor() or platform.machine()])[0], "torch": torch.__version__, "commit": commit()}
 
 
 def by_threads(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -28,6 +28,7 @@ from skillbank.merge import merge
 from skillbank.mixture import Composed, Mixture
 from skillbank.model import ModelModule, Task
 from skillbank.runtime.fused import fuse
+from skillbank.runtime.products import quicken
 from skillbank.skill import Skill, distance, stack
 
 __all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "train"]
@@ -79,6 +80,7 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     if base is None:
         model = cast("ModelModule", _instantiate(conf["model"], **task.dimensions))
         params: Sequence[nn.Parameter] = list(model.parameters())
+        quicken(model.net)
     else:
         model = load(base, bank)
         for skill in foundation:

@@ -1,5 +1,7 @@
 """Products by either library are products, as they are and compiled."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -82,7 +84,12 @@ def test_a_net_that_is_laid_out(library):
     lay_out(net.float())
     found = net(x)
     close(found.detach(), expected)
-    assert found.requires_grad
+    gradients = torch.autograd.grad(found.square().sum(), list(net.parameters()))
+    exact = copy.deepcopy(net).double()
+    unfuse(exact)
+    for one, other in zip(gradients, torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters())), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    assert ("forward" in net[0].__dict__) is library
     with torch.no_grad():
         close(net(x), expected)
         close(net(x.view(2, -1, WIDTH)), expected.view(2, -1, WIDTH))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skillbank.attach import Adapted, adapted_layers, matrix
 from skillbank.mixture import Mixture
-from skillbank.runtime.products import add_product, linear, product
+from skillbank.runtime.products import add_product, linear, product, quicken
 
 __all__ = ["fuse", "gated_linear", "lay_out", "unfuse", "why_not"]
 
@@ -161,7 +161,7 @@ def lay_out(net: nn.Module) -> None:
     for layer in net.modules():
         if type(layer) is nn.Linear:
             layer.weight.data = layer.weight.data.mT.contiguous().mT
-            layer.__dict__.setdefault("forward", partial(_plain, layer))
+    quicken(net)
 
 
 def why_not(adapted: Adapted | None) -> str:
@@ -191,10 +191,6 @@ def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool,
             y = groups @ cell.made[name] if bias is None else torch.baddbmm(bias, groups, cell.made[name])
         return y.view(*x.shape[:-1], -1)
     return gated_linear(x, weight, bias, a, b, cell.channels(name, None if name in mixture.even else owner, x.shape))
-
-
-def _plain(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight.mT, layer.bias)
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, channels: Tensor) -> Tensor:

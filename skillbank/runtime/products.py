@@ -9,12 +9,14 @@ Shapes: N rows, I in, O out.
 from __future__ import annotations
 
 import platform
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["add_product", "linear", "product"]
+__all__ = ["add_product", "linear", "product", "quicken"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LARGE = 2**20
@@ -46,10 +48,39 @@ def add_product(y: Tensor, rows: Tensor, m: Tensor, *, keep: bool = False) -> Te
 
 
 def linear(x: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
-    """`x m + bias` for x (..., I), with a gradient where gradients are wanted."""
-    if torch.is_grad_enabled() or not _by_onednn(x, m):
-        return torch.nn.functional.linear(x, m.mT, bias)
-    return _product(x.flatten(0, -2), m, bias).view(*x.shape[:-1], -1)
+    """`x m + bias` for x (..., I), with its gradient."""
+    if torch.is_autocast_enabled(x.device.type) or not _by_onednn(x, m):
+        return nn.functional.linear(x, m.mT, bias)
+    if not torch.is_grad_enabled():
+        return _product(x.flatten(0, -2), m, bias).view(*x.shape[:-1], -1)
+    result: Tensor = _Linear.apply(x, m, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+def quicken(net: nn.Module) -> None:
+    """Let the linear layers of a net compute by `linear`, where that is another than their own function; `unfuse` takes it off."""
+    for layer in net.modules():
+        if _BY_ONEDNN and type(layer) is nn.Linear:
+            layer.__dict__.setdefault("forward", partial(_forward, layer))
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight.mT, layer.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, m)
+        return product(x.flatten(0, -2), m, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, m = ctx.saved_tensors
+        need_x, need_m, need_bias = ctx.needs_input_grad
+        dy, rows = gradients[0].flatten(0, -2), x.flatten(0, -2)
+        dx = product(dy, m.mT).view_as(x) if need_x else None
+        return dx, product(rows.mT, dy) if need_m else None, dy.sum(0) if need_bias else None
 
 
 def _by_onednn(rows: Tensor, m: Tensor) -> bool:
