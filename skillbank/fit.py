@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from skillbank.artifacts import wandb_mode
 from skillbank.memory import keep_freed_memory
 from skillbank.model import SEED_STRIDE, Batch, Batches
 from skillbank.progress import Progress
+from skillbank.runtime import sharded
 from skillbank.runtime.compiled import compiled_loss
 
 __all__ = ["Fit", "fit", "validation_loss"]
@@ -67,6 +69,7 @@ def fit(
     precision: Literal["no", "bf16", "fp16"] = "no",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     compile: bool = False,
+    shard: bool = False,
     seed: int = 0,
     folder: str | Path | None = None,
     checkpoint_every: int = 1000,
@@ -101,6 +104,8 @@ def fit(
         device: where to train; `auto` takes a GPU if there is one.
         compile: loss and gradient through `torch.compile`, on a GPU as CUDA graphs: half a minute at the start, then faster steps with the same
             losses to rounding. A run may go on compiled that was not, and the other way round.
+        shard: spread the frozen weights of a transformer's blocks over the processes; `skillbank.runtime.sharded.shard` says how. The model
+            cannot predict afterwards, what was trained is whole.
         seed: of everything random in the steps.
         folder: where `metrics.jsonl` and the checkpoint go; a run found there is resumed. None keeps nothing.
         checkpoint_every: steps between checkpoints; a run that is stopped in between goes on from the last one.
@@ -129,7 +134,13 @@ def fit(
         keep_freed_memory()
     with _only_trainable(model, trained), _random_state(), _tracked(accelerator, tracker, run), _restored(model):
         optimizer = torch.optim.AdamW(groups, fused=True)
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        backward: Callable[[Tensor], None] = accelerator.backward
+        if shard:
+            sharded.shard(model, trained.values(), accelerator.device)
+            wrapped, optimizer = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), accelerator.prepare(optimizer)
+            backward = partial(sharded.backward, accelerator, trained.values())
+        else:
+            wrapped, optimizer = accelerator.prepare(model, optimizer)
         loss_of = compiled_loss(wrapped) if compile else wrapped
         state = Progress(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
         state.resume()
@@ -142,7 +153,7 @@ def fit(
                 for group, curve in zip(optimizer.param_groups, curves, strict=True):
                     group["lr"] = curve(state.step)
                 seeds = [(seed * SEED_STRIDE + state.step * 4096 + turn * world + rank) % 2**63 for turn in range(accumulate)]
-                state.losses.append(_step(accelerator, wrapped, loss_of, optimizer, stream, seeds, trained.values(), clip))
+                state.losses.append(_step(accelerator, wrapped, loss_of, backward, optimizer, stream, seeds, trained.values(), clip))
                 state.advance()
                 bar.update()
                 if state.step % log_every == 0 or state.step == steps:
@@ -184,6 +195,7 @@ def _step(
     accelerator: Accelerator,
     model: nn.Module,
     loss_of: Callable[[Batch], Tensor],
+    backward: Callable[[Tensor], None],
     optimizer: torch.optim.Optimizer,
     stream: Iterator[Batch],
     seeds: Sequence[int],
@@ -198,7 +210,7 @@ def _step(
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(stream).items()}
         with accelerator.accumulate(model):
             loss = loss_of(batch)
-            accelerator.backward(loss)
+            backward(loss)
             if clip is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(params, clip)
             optimizer.step()

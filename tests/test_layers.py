@@ -35,7 +35,7 @@ BANK = [
 """Reading order inside the bank."""
 
 HOMES = {
-    "accelerate": {"fit", "progress"},
+    "accelerate": {"fit", "progress", "runtime.sharded"},
     "dm_control": {"tasks.environments"},
     "filelock": {"bank.sealed"},
     "fsspec": {"bank.remote"},

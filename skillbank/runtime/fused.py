@@ -84,8 +84,8 @@ def _add_times(y: Tensor, rows: Tensor, m: Tensor) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """Left transposed times right, by groups where what it is the gradient of has groups."""
-    if like.dim() == 2:
-        return product(left.mT, right)
+    if like.dim() == 2:  # what is turned over is the narrower one, since it may have to be copied for that
+        return product(left.mT, right) if left.shape[1] <= right.shape[1] else product(right.mT, left).mT
     return torch.bmm(left.view(len(like), -1, left.shape[-1]).mT, right.view(len(like), -1, right.shape[-1]))
 
 
