@@ -228,14 +228,14 @@ def one_of(kind, *, until, **options):
     return digest({str(i): p for i, p in enumerate(params)}), result.rows
 
 
-def launched(processes, *arguments):
-    """Results of all processes of `accelerate launch`, whose output comes in any order."""
+def launched(processes, code, folder, *arguments):
+    """Results of all processes of `accelerate launch` that run this code, whose output comes in any order."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         command += ["--main_process_port", str(free.getsockname()[1]), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = Path(arguments[1]).parent / "processes.py"
-    script.write_text(PROCESSES)
+    script = folder / "processes.py"
+    script.write_text(code)
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         cwd=ROOT,
@@ -251,12 +251,12 @@ def launched(processes, *arguments):
 @pytest.mark.parametrize("kind", ["base", "skill", "gate"])
 def test_two_processes_train_what_one_does_and_each_goes_on_for_the_other(kind, tmp_path):
     """Two processes that see a batch each per step, and one that sees both; each is cut off after four steps, and the other kind goes on with it."""
-    assert launched(2, kind, tmp_path / "two", 1, 8) == [None, None]
+    assert launched(2, PROCESSES, tmp_path, kind, tmp_path / "two", 1, 8) == [None, None]
     assert one_of(kind, folder=tmp_path / "one", accumulate=2, until=8) is None
     with pytest.raises(ValueError, match=r"holds a run with \{'accumulate': 2\}, this one has \{'accumulate': 1\}"):
         one_of(kind, folder=tmp_path / "two", accumulate=1, until=16)
     _, first = one_of(kind, folder=tmp_path / "two", accumulate=2, until=16)
-    results = launched(2, kind, tmp_path / "one", 1, 16)
+    results = launched(2, PROCESSES, tmp_path, kind, tmp_path / "one", 1, 16)
     assert results[0] == results[1]  # the same skill and the same rows on both
     _, second = results[0]
     assert [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()] == second

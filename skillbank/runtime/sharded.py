@@ -30,12 +30,12 @@ def shard(model: nn.Module, trained: Collection[nn.Parameter], device: torch.dev
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if world == 1:
-        raise ValueError("there is one process, so there is nothing to spread a base over: start several with `accelerate launch`")
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no nn.ModuleList, so no blocks to spread: train with shard=False")
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world == 1:
+        raise ValueError("there is one process, so there is nothing to spread a base over: start several with `accelerate launch`")
     mesh, whole = init_device_mesh(device.type, (world,)), set(trained)
     for block in (block for blocks in reversed(lists) for block in blocks):
         fully_shard(block.to(device), mesh=mesh, ignored_params=whole)
