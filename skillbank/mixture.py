@@ -95,8 +95,10 @@ class Cell:
         None where there are weights of all skills.
         """
         routes = self.of(name, shape[0])
-        if not isinstance(routes, Routes) or routes.index.dim() == 2:
-            return routes if isinstance(routes, Routes) else None
+        if not isinstance(routes, Routes):
+            return None
+        if routes.index.dim() == 2:
+            return routes
         if routes.index.shape[1:-1] != shape[1:-1]:
             raise ValueError(_other_tokens(name, shape, routes.index))
         if shape[0] > len(routes.index):
