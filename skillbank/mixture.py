@@ -160,13 +160,13 @@ class Mixed(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
         """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
-        self._mix(batch, (samples or 1) * getattr(self.model, "repeats", 1))
         options = {} if samples is None else {"samples": samples}
-        with self._every_pass():
+        with self._predicting(batch, (samples or 1) * getattr(self.model, "repeats", 1)):
             return self.model.predict(batch, **options)
 
-    def _every_pass(self) -> AbstractContextManager[None]:
-        """In this block, weights that change from pass to pass of the net are set ahead of each."""
+    def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
+        """In this block the mixture has its weights for a batch."""
+        self._mix(batch, repeats)
         return nullcontext()
 
     def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
@@ -229,16 +229,18 @@ class Composed(Mixed):
             penalty = penalty + (weights[..., -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
 
+    def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
+        if not getattr(self.model, "tokens", False):
+            return super()._predicting(batch, repeats)
+        return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)))
+
     def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
+        return self._set(self.weights(batch), repeats)
+
+    def _set(self, weights: Tensor | Routes, repeats: int = 1) -> Tensor | Routes:
         if mark(self.net) is not self.mixture.mark:
             raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
-        weights = self.weights(batch)
         if isinstance(weights, Tensor) and weights.shape[-1] != self.mixture.count:
             raise ValueError(f"the gate gives {weights.shape[-1]} weights for {self.mixture.count} skills")
         self.mixture.cell.mix(weights, repeats)
         return weights
-
-    def _every_pass(self) -> AbstractContextManager[None]:
-        if not getattr(self.model, "tokens", False):
-            return nullcontext()
-        return cast("Any", self.model).passes(lambda context: self.mixture.cell.mix(self.gate(context)))

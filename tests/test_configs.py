@@ -169,7 +169,7 @@ def test_train(home):
     assert [parent["ref"] for parent in bank.card("walker/run").parents] == ["walker/walk@2"]
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_sweep_in_processes_is_the_sweep_in_a_row(home, launcher):
     arguments = ["-m", f"hydra/launcher={launcher}", "base=walker/stand", "seed=0,1", "lora.rank=2", f"name=walker/{launcher}", *common("walk")]
     done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=home, env=environment(), capture_output=True, text=True, timeout=200)
