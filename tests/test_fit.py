@@ -203,11 +203,13 @@ def test_the_callers_random_state_is_left_alone():
 
 
 PROCESSES = """
-import json, sys, torch
+import json, os, sys, torch
+from pathlib import Path
 torch.set_num_threads(1)
 from tests.test_fit import one_of
-kind, folder, accumulate, until = sys.argv[1:]
-print(json.dumps(one_of(kind, folder=folder, accumulate=int(accumulate), until=int(until))))
+result, kind, folder, accumulate, until = sys.argv[1:]
+found = one_of(kind, folder=folder, accumulate=int(accumulate), until=int(until))
+Path(result + os.environ["RANK"]).write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
@@ -229,7 +231,7 @@ def one_of(kind, *, until, **options):
 
 
 def launched(processes, code, folder, *arguments):
-    """Results of all processes of `accelerate launch` that run this code, whose output comes in any order."""
+    """Run this code in processes of `accelerate launch`; what they print mixes, so results go to files."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,18 +247,22 @@ def launched(processes, code, folder, *arguments):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", "null"))]
+
+
+def two_of(kind, until, *, folder, tmp_path):
+    launched(2, PROCESSES, tmp_path, tmp_path / "result", kind, folder, 1, until)
+    return [json.loads((tmp_path / f"result{rank}").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["base", "skill", "gate"])
 def test_two_processes_train_what_one_does_and_each_goes_on_for_the_other(kind, tmp_path):
     """Two processes that see a batch each per step, and one that sees both; each is cut off after four steps, and the other kind goes on with it."""
-    assert launched(2, PROCESSES, tmp_path, kind, tmp_path / "two", 1, 8) == [None, None]
+    assert two_of(kind, 8, folder=tmp_path / "two", tmp_path=tmp_path) == [None, None]
     assert one_of(kind, folder=tmp_path / "one", accumulate=2, until=8) is None
     with pytest.raises(ValueError, match=r"holds a run with \{'accumulate': 2\}, this one has \{'accumulate': 1\}"):
         one_of(kind, folder=tmp_path / "two", accumulate=1, until=16)
     _, first = one_of(kind, folder=tmp_path / "two", accumulate=2, until=16)
-    results = launched(2, PROCESSES, tmp_path, kind, tmp_path / "one", 1, 16)
+    results = two_of(kind, 16, folder=tmp_path / "one", tmp_path=tmp_path)
     assert results[0] == results[1]  # the same skill and the same rows on both
     _, second = results[0]
     assert [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()] == second
