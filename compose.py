@@ -12,7 +12,6 @@ from skillbank import recipe
 from skillbank.artifacts import tracked
 from skillbank.cli import check_choices, user_errors
 from skillbank.report import markdown, write_report
-from skillbank.tasks.control import ControlTask
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="compose")
@@ -38,7 +37,7 @@ def compose(cfg: DictConfig) -> str:
         log(ref)
     print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
     if rows and cfg.report:
-        print(f"report: {write_report(ref, bank, cast('ControlTask', made.task), rows, made.folder)}")
+        print(f"report: {write_report(ref, bank, made.task, rows, made.folder)}")
     return ref
 
 

@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skillbank.attach import attach, channel_layers, mark
@@ -158,10 +160,9 @@ class Mixed(nn.Module):
         return self.model.context(batch)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, samples: int | None = None) -> Tensor:
-        """Prediction of the base model, or `samples` of them for every row from models that sample; the weights are set once."""
-        options = {} if samples is None else {"samples": samples}
-        with self._predicting(batch, (samples or 1) * getattr(self.model, "repeats", 1)):
+    def predict(self, batch: Batch, **options: Any) -> Tensor:
+        """Prediction of the base model, which takes the options: of models that sample, `samples` for every row; the weights are set once."""
+        with self._predicting(batch, (options.get("samples") or 1) * getattr(self.model, "repeats", 1)):
             return self.model.predict(batch, **options)
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
@@ -215,6 +216,13 @@ class Composed(Mixed):
     def weights(self, batch: Batch) -> Tensor | Routes:
         """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch."""
         return self.gate(self.model.context(batch))
+
+    @torch.no_grad()
+    def shown(self, batch: Batch) -> NDArray[np.float32]:
+        """Weights (B, K) that the gate gives for a batch, of all skills; the mean over the tokens where every token has its own."""
+        weights = self.weights(batch)
+        weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
+        return (weights if weights.dim() == 2 else weights.mean(1)).float().cpu().numpy()
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of the base model under the gate's weights, plus the regulariser, ()."""

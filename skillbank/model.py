@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Task", "check_model"]
+__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model"]
 
 SEED_STRIDE = 1_000_003 * 4096
 """How far apart the seeds are that two runs with seeds next to each other set at the same step."""
@@ -59,14 +62,34 @@ else:
     ModelModule = nn.Module
 
 
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a task shows of a model in a report.
+
+    Args:
+        weights: that a gate gave, (T, K); None where none did.
+        rewards: (T,), or None where there are none.
+        frames: (F, height, width, 3) uint8, or None where there are none.
+        every: steps per frame.
+        unit: what T counts.
+
+    """
+
+    weights: NDArray[np.float32] | None = None
+    rewards: NDArray[np.float64] | None = None
+    frames: NDArray[np.uint8] | None = None
+    every: int = 10
+    unit: str = "step"
+
+
 class Task(Protocol):
     """Where data come from and what a model is judged by."""
 
     name: str
 
     @property
-    def dimensions(self) -> dict[str, int]:
-        """Sizes that a model of this task is built with, under the names that models take them by."""
+    def dimensions(self) -> dict[str, Any]:
+        """What a model of this task is built with, such as sizes, under the names that models take it by."""
         ...
 
     @property
@@ -84,6 +107,10 @@ class Task(Protocol):
 
     def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
         """Metrics of `model` on this task."""
+        ...
+
+    def record(self, model: Model) -> Recorded:
+        """What a report shows of `model` on this task."""
         ...
 
 

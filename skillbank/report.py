@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from skillbank.model import Recorded
 from skillbank.progress import METRICS
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from skillbank.bank import Bank
     from skillbank.certificate import Certificate
-    from skillbank.tasks.control import ControlTask
+    from skillbank.model import Task
 
 __all__ = ["Report", "markdown", "write_report"]
 
@@ -48,11 +47,8 @@ class Report:
         rows: the results table, one mapping per row, the trivial rows included.
         facts: what it was made from, as name and text.
         skills: names of the K skills.
-        weights: gate weights along the recorded episode, (T, K); None for a merge with constant weights.
-        rewards: rewards of the recorded episode, (T,); None where nothing was recorded.
-        frames: frames of it, (F, height, width, 3) uint8, or None where nothing could be rendered.
-        every: steps per frame.
         cosine: cosine of the skills' deltas, (K, K).
+        recorded: what the task shows of it, such as an episode.
         losses: rows of the metrics file, with `step`, `loss` and sometimes `validation`.
         certificate: of a merge; None for a gate.
 
@@ -63,10 +59,7 @@ class Report:
     facts: Mapping[str, str]
     skills: Sequence[str]
     cosine: NDArray[np.float64]
-    weights: NDArray[np.float32] | None = None
-    rewards: NDArray[np.float64] | None = None
-    frames: NDArray[np.uint8] | None = None
-    every: int = 10
+    recorded: Recorded = field(default=Recorded())
     losses: Sequence[Mapping[str, float]] = field(default=())
     certificate: Certificate | None = None
 
@@ -76,15 +69,15 @@ class Report:
 
         folder.mkdir(parents=True, exist_ok=True)
         images: dict[str, bytes] = {}
-        if self.rewards is not None:
+        if self.recorded.rewards is not None or self.recorded.weights is not None:
             images["episode.png"] = _png(self._episode())
         images["cosine.png"] = _png(self._similarity())
         if self.losses:
             images["loss.png"] = _png(self._loss())
         if self.certificate is not None:
             images["merge.png"] = _png(_merge(self.certificate))
-        if self.frames is not None:
-            images["episode.gif"] = _gif(self.frames)
+        if self.recorded.frames is not None:
+            images["episode.gif"] = _gif(self.recorded.frames)
         for name, data in images.items():
             (folder / name).write_bytes(data)
         inline = {name: f"data:image/{name[-3:]};base64,{base64.b64encode(data).decode()}" for name, data in images.items()}
@@ -96,31 +89,33 @@ class Report:
         return path
 
     def _episode(self) -> Figure:
-        """Key frames over the gate's weights and the reward, on one time axis."""
+        """Key frames over the gate's weights and the reward, as far as there are any, on one axis."""
         shown = 6
-        heights = [1.0, 1.1, 0.7] if self.frames is not None else [0.02, 1.1, 0.7]
+        seen, given, got = self.recorded.frames, self.recorded.weights, self.recorded.rewards
+        steps = next(len(each) for each in (got, given) if each is not None)
         figure = _figure(10, 5.2)
+        heights = [0.02 if seen is None else 1.0, 1.1, 0.02 if got is None else 0.7]
         grid = figure.add_gridspec(3, shown, height_ratios=heights, hspace=0.15, wspace=0.04)
-        assert self.rewards is not None
-        steps = len(self.rewards)
-        if self.frames is not None:
-            for column, frame in enumerate(np.linspace(0, len(self.frames) - 1, shown).round().astype(int)):
+        if seen is not None:
+            for column, frame in enumerate(np.linspace(0, len(seen) - 1, shown).round().astype(int)):
                 axis = figure.add_subplot(grid[0, column])
-                axis.imshow(self.frames[frame])
-                axis.set_title(f"step {frame * self.every}", fontsize=8)
+                axis.imshow(seen[frame])
+                axis.set_title(f"step {frame * self.recorded.every}", fontsize=8)
                 axis.set_axis_off()
         weights = figure.add_subplot(grid[1, :])
-        if self.weights is not None:
+        if given is not None:
             for k, name in enumerate(self.skills):
-                weights.plot(self.weights[:, k], color=PALETTE[k % len(PALETTE)], label=name, linewidth=1)
+                weights.plot(given[:, k], color=PALETTE[k % len(PALETTE)], label=name, linewidth=1)
             weights.legend(loc="upper right", fontsize=8, ncols=len(self.skills), frameon=False)
         else:
             weights.text(0.5, 0.5, "constant weights", transform=weights.transAxes, ha="center", color="#718096")
         weights.axhline(0, color=INK, linewidth=0.5)
-        weights.set(xlim=(0, steps), ylabel="weight\n(1 = as trained)", xticklabels=[])
-        reward = figure.add_subplot(grid[2, :])
-        reward.fill_between(np.arange(steps), self.rewards, color="#a0aec0", linewidth=0)
-        reward.set(xlim=(0, steps), ylim=(0, None), ylabel="reward", xlabel="step")
+        weights.set(xlim=(0, steps), ylabel="weight\n(1 = as trained)", xlabel=self.recorded.unit)
+        if got is not None:
+            weights.set(xlabel="", xticklabels=[])
+            reward = figure.add_subplot(grid[2, :])
+            reward.fill_between(np.arange(steps), got, color="#a0aec0", linewidth=0)
+            reward.set(xlim=(0, steps), ylim=(0, None), ylabel="reward", xlabel=self.recorded.unit)
         return figure
 
     def _similarity(self) -> Figure:
@@ -145,7 +140,7 @@ class Report:
         if held_out:
             axis.plot(*zip(*held_out, strict=True), color=PALETTE[1], label="held out", marker=".", linewidth=1)
         axis.legend(fontsize=8, frameon=False)
-        axis.set(xlabel="step", ylabel="diffusion loss")
+        axis.set(xlabel="step", ylabel="loss")
         return figure
 
 
@@ -167,10 +162,8 @@ def _merge(certificate: Certificate) -> Figure:
     return figure
 
 
-def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], folder: Path) -> Path:
-    """Report of a composition in a bank: its first evaluation episode is run again and recorded.
-
-    Where nothing can be rendered (a machine without OpenGL) the report has no pictures of the episode, and a line on stderr says why.
+def write_report(ref: str, bank: Bank, task: Task, rows: Sequence[Row], folder: Path) -> Path:
+    """Report of a composition in a bank, with what its task records of it.
 
     Args:
         ref: a composition.
@@ -184,28 +177,14 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
 
     """
     from skillbank.bank import Composition
-    from skillbank.gate import Routes
     from skillbank.load import load, skills_on_base
     from skillbank.merge import merge
-    from skillbank.mixture import Composed
     from skillbank.skill import cosine
 
     card, model, composition = bank.card(ref), load(ref, bank), bank.get(ref)
     names = [parent["ref"] for parent in card.parents]
     skills = skills_on_base(bank, names)[2]
     recipe = composition.merge if isinstance(composition, Composition) else None
-    try:
-        rollout = task.rollout(model, episodes=1, record=0)
-    except Exception as error:  # whatever the OpenGL driver raises
-        sys.stderr.write(f"no video: rendering failed ({type(error).__name__}: {error}); with a display or EGL, set MUJOCO_GL\n")
-        rollout = task.rollout(model, episodes=1, record=0, frame_every=0)
-    episode = rollout.recording
-    assert episode is not None
-    weights = None
-    if isinstance(model, Composed):
-        with torch.no_grad():
-            given = model.weights({"observation": torch.from_numpy(episode.observations)})
-            weights = (given.dense(model.mixture.count) if isinstance(given, Routes) else given).numpy()
     metrics = folder / METRICS
     report = Report(
         title=ref,
@@ -213,10 +192,7 @@ def write_report(ref: str, bank: Bank, task: ControlTask, rows: Sequence[Row], f
         facts=_facts(bank, ref),
         skills=names,
         cosine=cosine(skills).numpy(),
-        weights=weights,
-        rewards=episode.rewards,
-        frames=episode.frames if len(episode.frames) else None,
-        every=episode.every,
+        recorded=task.record(model),
         losses=[json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else (),
         certificate=None if recipe is None else merge(skills, **recipe).certificate,
     )

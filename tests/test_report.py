@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from skillbank import Skill, merge
+from skillbank.model import Recorded
 from skillbank.report import Report, markdown
 
 ROWS = [
@@ -22,19 +23,21 @@ ROWS = [
 
 def report(**options):
     rng = np.random.default_rng(0)
+    shown = {
+        "weights": rng.normal(size=(60, 2)).astype(np.float32),
+        "rewards": rng.random(60),
+        "frames": rng.integers(0, 256, (6, 48, 64, 3)).astype(np.uint8),
+    }
     values = {
         "title": "walker/run-from-stand-walk@1 <&>",
         "rows": ROWS,
         "facts": {"base": "walker/stand@1", "skills": "walker/walk@1, walker/run@1"},
         "skills": ["walker/walk@1", "walker/run@1"],
         "cosine": np.array([[1.0, 0.25], [0.25, 1.0]]),
-        "weights": rng.normal(size=(60, 2)).astype(np.float32),
-        "rewards": rng.random(60),
-        "frames": rng.integers(0, 256, (6, 48, 64, 3)).astype(np.uint8),
-        "every": 10,
         "losses": [{"step": step, "loss": 1 / step, **({"validation": 2 / step} if step % 20 == 0 else {})} for step in range(10, 60, 10)],
     }
-    return Report(**{**values, **options})
+    recorded = Recorded(**{**shown, **{key: options.pop(key) for key in list(options) if key in shown}})
+    return Report(recorded=recorded, **{**values, **options})
 
 
 class Page(HTMLParser):
@@ -93,6 +96,7 @@ def test_the_figures_lie_beside_it(tmp_path):
         ({"frames": None}, {"episode.png", "cosine.png", "loss.png"}),
         ({"weights": None, "losses": ()}, {"episode.png", "episode.gif", "cosine.png"}),
         ({"rewards": None, "frames": None, "losses": (), "weights": None}, {"cosine.png"}),
+        ({"rewards": None, "frames": None}, {"episode.png", "cosine.png", "loss.png"}),
         (
             {"skills": ["one"], "cosine": np.ones((1, 1)), "weights": np.ones((60, 1), np.float32)},
             {"episode.png", "episode.gif", "cosine.png", "loss.png"},

@@ -25,21 +25,43 @@ class CausalLM(nn.Module):
     """A causal language model as a `Model`.
 
     Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, and for training `labels` (B, L): the token where it counts,
-    -100 where it does not, as in a prompt. A gate sees the mean of the prompt's input embeddings, or every token's.
+    -100 where it does not, as in a prompt. Rows that hold several examples have `segments` (B, L) instead of a mask: the example that a token is
+    of, 0 where there is none; they do not see each other. A gate sees the mean of the prompt's input embeddings, or every token's.
 
     Args:
-        net: a causal language model of transformers, or the configuration of one to start anew, as a mapping with its `model_type`.
+        net: a causal language model of transformers; id of a Hub repository, or a folder, to load one from; or the configuration of one to start
+            anew, as a mapping with its `model_type`.
+        tokenizer: of a model that starts anew, as `skillbank.tasks.tokens.kept` gives it.
         tokens: a gate weights every token by itself, in training and in generation.
         generation: of `net.generate`, over what the net's own generation config says; `max_new_tokens` is 32 unless given.
+        revision: of the repository.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        options: of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `gguf_file`, `attn_implementation`.
 
     Raises:
-        ValueError: a configuration that transformers does not know.
+        ValueError: a configuration that transformers does not know, or a model that cannot be loaded.
 
     """
 
-    def __init__(self, net: nn.Module | Mapping[str, Any], *, tokens: bool = False, generation: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module | Mapping[str, Any] | str,
+        *,
+        tokenizer: Mapping[str, Any] | None = None,
+        tokens: bool = False,
+        generation: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.net: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**net)) if isinstance(net, Mapping) else net
+        self.net: Any = net
+        if isinstance(net, Mapping):
+            self.net = _new(net, {} if tokenizer is None else tokenizer)
+        elif isinstance(net, str):
+            self.net = _pretrained(net, revision, options)
+        if checkpointing:
+            self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.tokens = tokens
         self.generation = {"max_new_tokens": 32, **(generation or {})}
 
@@ -58,33 +80,82 @@ class CausalLM(nn.Module):
         return self.losses(batch).mean()
 
     def losses(self, batch: Batch) -> Tensor:
-        """Loss of every row, (B,): the mean over its tokens that count; all of them where the batch has no labels."""
+        """Loss of every row, (B,), or of every example of packed rows: the mean over its tokens that count; all where the batch has no labels."""
+        self._check(batch["input_ids"])
         labels = batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(_mask(batch) == 0, IGNORED)
-        logits = self.net(input_ids=batch["input_ids"], attention_mask=_mask(batch)).logits[:, :-1].mT
+        alone = {"attention_mask": _mask(batch)} if "segments" not in batch else _apart(batch["segments"], self.net.dtype)
+        logits = self.net(input_ids=batch["input_ids"], **alone).logits[:, :-1].mT
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        each = nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        return each.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
+        targets = labels[:, 1:]
+        if "segments" in batch:  # nothing comes before the first token of an example
+            targets = targets.masked_fill(batch["segments"][:, 1:] != batch["segments"][:, :-1], IGNORED)
+        each = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        if "segments" not in batch:
+            return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+        segments = batch["segments"][:, 1:]
+        size = int(segments.max()) + 1
+        which = (segments + size * torch.arange(len(segments), device=segments.device)[:, None]).flatten()
+        sums = torch.zeros(2, size * len(segments), dtype=each.dtype, device=each.device)
+        sums = sums.index_add(1, which, torch.stack([each.flatten(), (targets != IGNORED).flatten().to(each.dtype)]))
+        total, number = sums.view(2, len(segments), size)[:, :, 1:].flatten(1)
+        return total[number > 0] / number[number > 0]
 
     @torch.no_grad()
     def context(self, batch: Batch) -> Tensor:
-        """Mean of the input embeddings of the prompt (B, D), of the whole row where it has none; with `tokens`, every embedding (B, L, D)."""
+        """Mean of the input embeddings of the prompt (B, D), of the whole row where it has none.
+
+        With `tokens` every embedding (B, L, D); in packed rows every token sees its example's mean (B, L, D).
+        """
+        self._check(batch["input_ids"])
         words = self.net.get_input_embeddings()(batch["input_ids"])
         if self.tokens:
             return words
-        mask = _prompt(batch)[..., None].to(words.dtype)
-        return (words * mask).sum(1) / mask.sum(1).clamp(min=1)
+        mask = _prompt(batch).to(words.dtype)
+        if "segments" in batch:
+            same = _same(batch["segments"]).to(words.dtype) * mask[:, None]
+            return same @ words / same.sum(-1, keepdim=True).clamp(min=1)
+        return (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """New tokens after the prompts (B, N), N always `max_new_tokens`: after its end a row is filled with the padding token."""
-        mask = _prompt(batch)
-        order = mask.long().argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # padding first
+    def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
+        """New tokens after the prompts (B, N), N always `max_new_tokens`: after its end a row is filled with the padding token.
+
+        Args:
+            batch: of prompts.
+            max_new_tokens: N; None is what `generation` says.
+
+        Raises:
+            ValueError: packed rows; prompts that with the new tokens are longer than the net's positions, or have tokens that it does not know.
+
+        """
+        if "segments" in batch:
+            raise ValueError("packed rows are for training: give every prompt a row of its own")
+        mask, new = _prompt(batch), max_new_tokens or self.steps
+        longest = int(mask.sum(1).max())
+        self._check(batch["input_ids"], longest + new)
+        order = mask.long().argsort(dim=1, stable=True)[:, -longest:]  # padding first
         ids, mask = batch["input_ids"].gather(1, order), mask.gather(1, order).long()
         config = self.net.generation_config
         given = [self.generation.get("pad_token_id"), config.pad_token_id, config.eos_token_id, 0]
         pad = next(value for value in given if isinstance(value, int))
-        found = self.net.generate(ids, attention_mask=mask, **{**self.generation, "pad_token_id": pad})[:, ids.shape[1] :]
-        return nn.functional.pad(found, (0, self.steps - found.shape[1]), value=pad)
+        options = {**self.generation, "pad_token_id": pad, "max_new_tokens": new}
+        found = self.net.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+        return nn.functional.pad(found, (0, new - found.shape[1]), value=pad)
+
+    def _check(self, ids: Tensor, length: int | None = None) -> None:
+        """Raise a ValueError for tokens, or more of them, than the net knows."""
+        length = length or ids.shape[1]
+        limit = getattr(self.net.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens are more than the {limit} that {type(self.net).__name__} can take: shorten the text, or max_new_tokens"
+            )
+        rows = self.net.get_input_embeddings().num_embeddings
+        if not ids.is_cuda and not torch.compiler.is_compiling() and int(ids.max()) >= rows:
+            raise ValueError(
+                f"token {int(ids.max())} is not among the {rows} that {type(self.net).__name__} knows: the text was cut up by the tokenizer of "
+                "another base"
+            )
 
     @contextmanager
     def passes(self, before: Callable[[Tensor], None]) -> Iterator[None]:
@@ -100,8 +171,48 @@ class CausalLM(nn.Module):
             handle.remove()
 
 
+def _new(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> nn.Module:
+    """A model that starts anew, its vocabulary a tokenizer's."""
+    options = dict(config)
+    if tokenizer:
+        known = tokenizer["tokenizer"]["model"]["vocab"]
+        ids = dict(known) if isinstance(known, Mapping) else {word: i for i, (word, _) in enumerate(known)}
+        ids |= {added["content"]: added["id"] for added in tokenizer["tokenizer"]["added_tokens"]}
+        special = {f"{key}_id": ids[tokenizer[key]] for key in ("pad_token", "bos_token", "eos_token") if key in tokenizer}
+        options = {"vocab_size": max(ids.values()) + 1, "bos_token_id": None, "eos_token_id": None, **special, **options}
+    return cast("nn.Module", AutoModelForCausalLM.from_config(AutoConfig.for_model(**options)))
+
+
+def _pretrained(name: str, revision: str | None, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        return cast("nn.Module", AutoModelForCausalLM.from_pretrained(name, revision=revision, **options))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"no causal language model at {name!r}, neither as a folder nor on the Hub ({reason}): give a folder, or download it"
+        ) from None
+
+
+def _same(segments: Tensor) -> Tensor:
+    """Whether two tokens of a row are of one example, (B, L, L); what is of none is by itself."""
+    return (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0) | torch.eye(
+        segments.shape[1], dtype=torch.bool, device=segments.device
+    )
+
+
+def _apart(segments: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What makes the net see the examples of a row apart: its mask (B, 1, L, L), and positions that begin anew (B, L)."""
+    seen = _same(segments).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    starts = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    return {"attention_mask": mask[:, None], "position_ids": at - at.masked_fill(~starts, 0).cummax(1).values}
+
+
 def _mask(batch: Batch) -> Tensor:
     """1 for tokens, 0 for padding, (B, L)."""
+    if "segments" in batch:
+        return (batch["segments"] > 0).long()
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skillbank.model import Batch, Batches, Model
+from skillbank.mixture import Composed
+from skillbank.model import Batch, Batches, Model, Recorded
 from skillbank.tasks.demonstrations import load_demonstrations
 from skillbank.tasks.examples import Examples, Rehearsal
 
@@ -198,6 +200,21 @@ class ControlTask:
     def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
         """Return statistics of the evaluation episodes of `seed`, see `summary`."""
         return summary(self.rollout(model, seed=seed, episodes=episodes).returns)
+
+    def record(self, model: Model) -> Recorded:
+        """Its first evaluation episode, run again: frames, rewards, and weights if it has a gate.
+
+        Where nothing can be rendered (a machine without OpenGL) there are no frames, and a line on stderr says why.
+        """
+        try:
+            rollout = self.rollout(model, episodes=1, record=0)
+        except Exception as error:  # whatever the OpenGL driver raises
+            sys.stderr.write(f"no video: rendering failed ({type(error).__name__}: {error}); with a display or EGL, set MUJOCO_GL\n")
+            rollout = self.rollout(model, episodes=1, record=0, frame_every=0)
+        episode = rollout.recording
+        assert episode is not None
+        weights = model.shown({"observation": torch.from_numpy(episode.observations)}) if isinstance(model, Composed) else None
+        return Recorded(weights, episode.rewards, episode.frames if len(episode.frames) else None, episode.every)
 
 
 def summary(returns: NDArray[np.float64]) -> dict[str, float]:
