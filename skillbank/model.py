@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model"]
+__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "shown"]
 
 SEED_STRIDE = 1_000_003 * 4096
 """How far apart the seeds are that two runs with seeds next to each other set at the same step."""
@@ -112,6 +112,12 @@ class Task(Protocol):
     def record(self, model: Model) -> Recorded:
         """What a report shows of `model` on this task."""
         ...
+
+
+def shown(model: Model, batch: Batch) -> NDArray[np.float32] | None:
+    """Weights (B, K) that a model's gate gives for a batch, None if it has none: what `Composed.shown` says."""
+    look: Callable[[Batch], NDArray[np.float32]] | None = getattr(model, "shown", None)
+    return None if look is None else look(batch)
 
 
 def check_model(model: nn.Module, batch: Batch) -> None:

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skillbank.mixture import Composed
-from skillbank.model import Batch, Batches, Model, Recorded
+from skillbank.model import Batch, Batches, Model, Recorded, shown
 from skillbank.tasks.demonstrations import load_demonstrations
 from skillbank.tasks.examples import Examples, Rehearsal
 
@@ -213,7 +212,7 @@ class ControlTask:
             rollout = self.rollout(model, episodes=1, record=0, frame_every=0)
         episode = rollout.recording
         assert episode is not None
-        weights = model.shown({"observation": torch.from_numpy(episode.observations)}) if isinstance(model, Composed) else None
+        weights = shown(model, {"observation": torch.from_numpy(episode.observations)})
         return Recorded(weights, episode.rewards, episode.frames if len(episode.frames) else None, episode.every)
 
 

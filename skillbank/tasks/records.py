@@ -33,12 +33,12 @@ def read_records(source: str | Path | Iterable[Record], columns: Mapping[str, st
     rows = _rows(str(source)) if isinstance(source, str | Path) else [dict(row) for row in source]
     if not rows:
         raise ValueError(f"{name}: there are no records")
-    renamed = {theirs: ours for ours, theirs in dict(columns or {}).items()}
+    renamed = {theirs: ours for ours, theirs in (columns or {}).items()}
     found = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}, record {i}: a record is a mapping, got {type(row).__name__}")
-        record: dict[str, Any] = {renamed.get(key, key): value for key, value in row.items()}
+        record = {renamed.get(str(key), str(key)): value for key, value in row.items()}
         if wrong := _fault(record):
             raise ValueError(f"{name}, record {i}: {wrong}")
         found.append(record)

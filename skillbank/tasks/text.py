@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from skillbank.bank import Bank
-from skillbank.mixture import Composed
-from skillbank.model import Batch, Batches, Model, Recorded
+from skillbank.model import Batch, Batches, Model, Recorded, shown
 from skillbank.tasks.records import Record, digest_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, kept, tokenizer_of
 
@@ -179,7 +178,7 @@ class TextTask:
     def record(self, model: Model) -> Recorded:
         """Weights that a gate gives for the records that evaluate, at most 100 of them, (E, K); for tokens, their mean."""
         batch = prompts([asked(self.tokenizer, record) for record in self.test[:100]], self.tokenizer)
-        return Recorded(model.shown(batch) if isinstance(model, Composed) else None, unit="prompt")
+        return Recorded(shown(model, batch), unit="prompt")
 
     def _encoded(self, records: Sequence[Record]) -> list[Encoded]:
         found = [encoded(self.tokenizer, record) for record in records]
