@@ -61,7 +61,8 @@ class CausalLM(nn.Module):
         elif isinstance(net, str):
             self.net = _pretrained(net, revision, options)
         if checkpointing:
-            self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable  # its older name
+            enable({"use_reentrant": False})
         self.tokens = tokens
         self.generation = {"max_new_tokens": 32, **(generation or {})}
 
@@ -110,10 +111,12 @@ class CausalLM(nn.Module):
         words = self.net.get_input_embeddings()(batch["input_ids"])
         if self.tokens:
             return words
-        mask = _prompt(batch).to(words.dtype)
         if "segments" in batch:
-            same = _same(batch["segments"]).to(words.dtype) * mask[:, None]
-            return same @ words / same.sum(-1, keepdim=True).clamp(min=1)
+            same = _same(batch["segments"])
+            asked = same & (batch["labels"] == IGNORED)[:, None]
+            seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(words.dtype)
+            return seen @ words / seen.sum(-1, keepdim=True)
+        mask = _prompt(batch).to(words.dtype)
         return (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
     @torch.no_grad()
