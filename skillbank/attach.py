@@ -52,8 +52,8 @@ def fresh(
         net: the frozen base's net, changed in place.
         rank: rank R of every module, >= 1.
         scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank. `read` folds it in.
-        targets: which modules: None for all linear layers, a regular expression that matches whole module paths, or a list of paths or of
-            their last parts.
+        targets: which modules: None for all linear layers but a language model's last, from features to words; a regular expression that matches
+            whole module paths, or a list of paths or of their last parts.
 
     Returns:
         The trainable parameters, A and B of every module.
@@ -249,7 +249,8 @@ def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     modules = plain_modules(net)
     match: Callable[[str], bool]
     if targets is None:
-        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+        last = getattr(net, "get_output_embeddings", lambda: None)()
+        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not last]
     else:
         if isinstance(targets, str):
             pattern = re.compile(targets)

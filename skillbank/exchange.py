@@ -83,7 +83,8 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
         folder: made here; it must be empty or not there yet.
         bank: where the version is.
         merged: write the base's weights with the skill added to them, as `model.safetensors` with the model's conf beside them, instead of a
-            PEFT adapter. Where the bank knows the base by its hashes alone, a complete Hugging Face folder, file by file, see `fold_checkpoint`.
+            PEFT adapter; a language model as transformers loads it. Where the bank knows the base by its hashes alone, a complete Hugging Face
+            folder, file by file, see `fold_checkpoint`.
         weights: where such a base's files are; without it, in the folder or the Hub repository that the bank has them from.
 
     Returns:
@@ -113,8 +114,12 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
     model = build_base(base)
     if skill is not None:
         fold(model.net, skill)
+    own = getattr(model, "save_pretrained", None)
     with whole_folder(folder) as written:
-        write_payload(Base(base.model, model.state_dict()), written, {}, {})
+        if own is None:
+            write_payload(Base(base.model, model.state_dict()), written, {}, {})
+        else:
+            own(written)
     return folder
 
 

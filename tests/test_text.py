@@ -2,17 +2,21 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import skillbank as sb
 from skillbank.model import check_model
 from skillbank.models.transformer import CausalLM
 from skillbank.tasks.records import read_records
 from skillbank.tasks.text import TextTask, complete, packed, rows_of
-from skillbank.tasks.tokens import asked, encoded, kept, restored, tokenizer_of
+from skillbank.tasks.tokens import asked, encoded, tokenizer_of
+from skillbank.tokenizer import kept, restored
+from tests.tiny import close
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -184,6 +188,33 @@ def test_a_checkpoint_in_the_bank_is_a_base(tmp_path):
     assert task(tokenizer="one", bank=bank).tokenizer("ab").input_ids == made.tokenizer("ab").input_ids
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:fan_in_fan_out")  # of transformers about itself, of PEFT about Conv1D
+@pytest.mark.parametrize("kind", NETS)
+def test_exports_say_the_same_in_transformers_and_peft(tmp_path, kind):
+    made, bank = task(), sb.Bank(tmp_path / "bank")
+    model = model_of(kind)
+    conf = {"_target_": "skillbank.models.transformer.CausalLM", "net": {"model_type": kind, **NETS[kind]}, **made.dimensions}
+    bank.put(sb.Base(conf, model.state_dict()), "base")
+    for seed in range(2):
+        trained = sb.load("base", bank)
+        torch.manual_seed(seed)
+        params = sb.fresh(trained.net, rank=2)
+        sb.fit(trained, made.batches(batch_size=4, seed=seed), params, steps=5, lr=1e-2, progress=False)
+        bank.put(sb.read(trained.net), f"s{seed}", card={"base": "base"})
+    assert not [name for name in bank.get("s0") if "lm_head" in name]
+    bank.put(sb.Composition("base", ["s0", "s1"], merge={"method": "stack", "weights": [0.7, 0.5]}), "both")
+    ids = torch.tensor([made.tokenizer("abc:").input_ids])
+    for ref in ("s0", "both"):
+        expected = sb.load(ref, bank).net(ids).logits
+        assert not torch.allclose(expected, model.net(ids).logits)
+        sb.export(ref, tmp_path / f"{ref}-merged", bank, merged=True)
+        sb.export(ref, tmp_path / ref, bank)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"{ref}-merged", dtype="float32")
+        close(plain(ids).logits, expected)
+        assert AutoTokenizer.from_pretrained(tmp_path / f"{ref}-merged")("abc:").input_ids == ids[0].tolist()
+        close(peft.PeftModel.from_pretrained(sb.load("base", bank).net, tmp_path / ref)(ids).logits, expected)
+
+
 LINES = {
     "line 2 is no JSON": '{"text": "a"}\n{',
     r"record 0: it has \['a'\]: give prompt and completion, messages or text, or say with columns": '{"a": "b"}',
@@ -229,7 +260,7 @@ def test_bad_input(tmp_path):
         task(length=30)
     with pytest.raises(ValueError, match="held_out at least 0 and length at least 2, got"):
         task(held_out=-1)
-    with pytest.raises(ValueError, match="has no tokenizer: give task.tokenizer=<base>"):
+    with pytest.raises(ValueError, match=r"has no tokenizer: give task\.tokenizer=<base>"):
         task(tokenizer=None)
     with pytest.raises(ValueError, match="no tokenizer 'no/where': there is no such folder, no such version"):
         task(tokenizer="no/where", bank=tmp_path)
@@ -251,7 +282,9 @@ def test_bad_input(tmp_path):
     model = model_of()
     with pytest.raises(ValueError, match="65 tokens are more than the 64 that LlamaForCausalLM can take"):
         model.predict({"input_ids": torch.zeros(1, 60, dtype=torch.long)}, max_new_tokens=5)
-    with pytest.raises(ValueError, match="token 400 is not among the 258 that LlamaForCausalLM knows: the text was cut up by the tokenizer of another"):
+    with pytest.raises(
+        ValueError, match="token 400 is not among the 258 that LlamaForCausalLM knows: the text was cut up by the tokenizer of another"
+    ):
         model({"input_ids": torch.full((1, 3), 400)})
     with pytest.raises(ValueError, match="packed rows are for training"):
         model.predict(next(task(pack=True).batches(batch_size=4, seed=0)(0)))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skillbank.model import Batch
+from skillbank.tokenizer import restored
 
 __all__ = ["CausalLM"]
 
@@ -31,7 +34,7 @@ class CausalLM(nn.Module):
     Args:
         net: a causal language model of transformers; id of a Hub repository, or a folder, to load one from; or the configuration of one to start
             anew, as a mapping with its `model_type`.
-        tokenizer: of a model that starts anew, as `skillbank.tasks.tokens.kept` gives it.
+        tokenizer: of a model that starts anew, as `skillbank.tokenizer.kept` gives it.
         tokens: a gate weights every token by itself, in training and in generation.
         generation: of `net.generate`, over what the net's own generation config says; `max_new_tokens` is 32 unless given.
         revision: of the repository.
@@ -56,6 +59,7 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.net: Any = net
+        self._tokenizer, self._from = tokenizer, (net, revision)
         if isinstance(net, Mapping):
             self.net = _new(net, {} if tokenizer is None else tokenizer)
         elif isinstance(net, str):
@@ -65,6 +69,20 @@ class CausalLM(nn.Module):
             enable({"use_reentrant": False})
         self.tokens = tokens
         self.generation = {"max_new_tokens": 32, **(generation or {})}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What cuts text up for it; None where the model was given without one."""
+        if self._tokenizer is not None:
+            return restored(self._tokenizer)
+        name, revision = self._from
+        return AutoTokenizer.from_pretrained(name, revision=revision) if isinstance(name, str) else None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the net, and its tokenizer, as transformers loads them."""
+        self.net.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     @property
     def repeats(self) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 from skillbank.bank import Bank
 from skillbank.model import Batch, Batches, Model, Recorded, shown
 from skillbank.tasks.records import Record, digest_of, read_records
-from skillbank.tasks.tokens import Encoded, asked, encoded, kept, tokenizer_of
+from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
+from skillbank.tokenizer import kept
 
 __all__ = ["TextTask", "complete", "prompts", "rows_of"]
 

@@ -5,20 +5,17 @@ Shapes: L tokens of a record.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skillbank.bank import Bank, Base, Checkpoint
 from skillbank.tasks.records import Record
+from skillbank.tokenizer import byte_tokenizer, restored
 
-__all__ = ["Encoded", "asked", "encoded", "kept", "restored", "tokenizer_of"]
-
-SPECIAL = ("pad_token", "bos_token", "eos_token", "unk_token", "chat_template")
+__all__ = ["Encoded", "asked", "encoded", "tokenizer_of"]
 
 
 class Encoded(NamedTuple):
@@ -41,7 +38,7 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
 
     """
     if where == "bytes":
-        return _bytes()
+        return byte_tokenizer()
     if Path(where).is_file():
         return PreTrainedTokenizerFast(tokenizer_file=where)
     if Path(where).is_dir():
@@ -65,27 +62,6 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
         raise ValueError(
             f"no tokenizer {where!r}: there is no such folder, no such version in {str(bank.root)!r}, and the Hub says: {reason}"
         ) from None
-
-
-def kept(tokenizer: Any) -> dict[str, Any]:
-    """A fast tokenizer as plain values, so that a base can carry it."""
-    named = {key: getattr(tokenizer, key, None) for key in SPECIAL}
-    return {"tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()), **{key: value for key, value in named.items() if value is not None}}
-
-
-def restored(conf: Mapping[str, Any]) -> Any:
-    """Tokenizer of what `kept` gave."""
-    options = dict(conf)
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(options.pop("tokenizer"))), **options)
-
-
-def _bytes() -> Any:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(["<pad>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 def asked(tokenizer: Any, record: Record) -> list[int]:
