@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from skillbank.model import Batch
 from skillbank.tokenizer import restored
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "prompt_mask"]
 
 IGNORED = -100
 """Label of a token whose loss does not count."""
@@ -134,7 +134,7 @@ class CausalLM(nn.Module):
             asked = same & (batch["labels"] == IGNORED)[:, None]
             seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(words.dtype)
             return seen @ words / seen.sum(-1, keepdim=True)
-        mask = _prompt(batch).to(words.dtype)
+        mask = prompt_mask(batch).to(words.dtype)
         return (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class CausalLM(nn.Module):
         """
         if "segments" in batch:
             raise ValueError("packed rows are for training: give every prompt a row of its own")
-        mask, new = _prompt(batch), max_new_tokens or self.steps
+        mask, new = prompt_mask(batch), max_new_tokens or self.steps
         longest = int(mask.sum(1).max())
         self._check(batch["input_ids"], longest + new)
         order = mask.long().argsort(dim=1, stable=True)[:, -longest:]  # padding first
@@ -237,7 +237,7 @@ def _mask(batch: Batch) -> Tensor:
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
 
 
-def _prompt(batch: Batch) -> Tensor:
+def prompt_mask(batch: Batch) -> Tensor:
     """Whether a token is of the prompt, (B, L): it has no label that counts; in rows that have no such token, whether it is one at all."""
     every = _mask(batch).bool()
     if "labels" not in batch:
