@@ -167,6 +167,10 @@ class Mixed(nn.Module):
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
         """In this block the mixture has its weights for a batch."""
+        return self._once(batch, repeats)
+
+    def _once(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
+        """The same, with weights that are set here and stay."""
         self._mix(batch, repeats)
         return nullcontext()
 
@@ -215,6 +219,7 @@ class Composed(Mixed):
 
     def weights(self, batch: Batch) -> Tensor | Routes:
         """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch."""
+        self._blank(len(next(iter(batch.values()))))
         return self.gate(self.model.context(batch))
 
     @torch.no_grad()
@@ -226,10 +231,12 @@ class Composed(Mixed):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of the base model under the gate's weights, plus the regulariser, ()."""
-        weights = self._mix(batch)
-        loss = self.model(batch)
+        with self._every_pass() if getattr(self.model, "within", False) else self._once(batch, 1):
+            loss = self.model(batch)
         if self.regulariser == "none":
             return loss
+        weights = self.mixture.cell.weights
+        assert isinstance(weights, Tensor | Routes)
         weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
         target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
         penalty = (weights.mean() - target).square()
@@ -238,9 +245,16 @@ class Composed(Mixed):
         return loss + self.scale**2 * penalty
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
-        if not getattr(self.model, "tokens", False):
-            return super()._predicting(batch, repeats)
-        return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)))
+        every = getattr(self.model, "tokens", False) or getattr(self.model, "within", False)
+        return self._every_pass() if every else self._once(batch, repeats)
+
+    def _every_pass(self) -> AbstractContextManager[None]:
+        return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)), self._blank)
+
+    def _blank(self, rows: int) -> None:
+        """Set all weights to 0: the base by itself, on so many rows."""
+        parameter = next(self.model.parameters())
+        self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
     def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
         return self._set(self.weights(batch), repeats)

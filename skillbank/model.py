@@ -46,7 +46,8 @@ class Model(Protocol):
         A model that draws at random may take `samples=N` for N predictions per row, (B, N, H, A), and say as `steps` how often it runs its net for
         one; what a gate costs depends on both. One that runs its net on several rows for each row of the batch, such as beams, next to each
         other, says as `repeats` how many. One whose net sees other tokens in every pass says `tokens`, if contexts are (B, T, D), and has
-        `passes(before)`, in whose block `before` gets the context of every pass ahead of it.
+        `passes(before, blank)`, in whose block `before` gets the context of every pass ahead of it; if that comes about in the pass, it says
+        `within`, and `blank` gets the number of rows at its start.
         """
         ...
 

@@ -17,9 +17,9 @@ from skillbank.runtime.fused import fuse
 LENGTH, NEW, VOCABULARY = 5, 6, 31
 
 
-def text(net, *, beams=1, cache=True, tokens=False):
+def text(net, *, beams=1, cache=True, tokens=False, layer=None):
     options = {"num_beams": beams, "use_cache": cache, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return CausalLM(net, tokens=tokens, generation=options)
+    return CausalLM(net, tokens=tokens, layer=layer, generation=options)
 
 
 def net_of(kind):
@@ -115,6 +115,59 @@ def test_weights_per_token_train_and_generate(kind, path):
     together = model.predict(BATCH)
     for i in range(4):
         assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), together[i : i + 1])
+
+
+def behind_a_block(model, ids):
+    """Logits where the base alone runs up to a block, what is there is the context, and the skills work behind it."""
+    model.mixture.cell.mix(torch.zeros(len(ids), 3, dtype=torch.float64))
+    hidden = model.net(ids, output_hidden_states=True).hidden_states[1]
+    context = hidden if model.model.tokens else hidden[:, :LENGTH].mean(1)
+    weights = model.gate(context)
+    nothing = torch.zeros_like(weights)
+    modules = [name for name, _ in model.net.named_modules() if name.endswith(("c_attn", "c_proj", "c_fc", "_proj"))]
+    model.mixture.cell.mix({name: nothing if ".0." in name else weights for name in modules})
+    return model.net(ids).logits
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("path", ["reference", "fused"])
+def test_what_a_gate_sees_after_a_block_comes_about_in_the_pass(kind, tokens, path):
+    model = composed(kind, path, tokens=tokens, layer=1)
+    ids, seen = BATCH["input_ids"], []
+    blocks = next(module for module in model.net.modules() if isinstance(module, nn.ModuleList))
+    for block in blocks:
+        block.register_forward_hook(lambda *_: seen.append(1))
+    expected = ids
+    with torch.no_grad():
+        for _ in range(NEW):
+            expected = torch.cat([expected, behind_a_block(model, expected)[:, -1:].argmax(-1)], 1)
+    del seen[:]
+    assert torch.equal(model.predict(BATCH), expected[:, LENGTH:])
+    assert len(seen) == NEW * len(blocks)
+    model.model.generation["use_cache"] = False
+    assert torch.equal(model.predict(BATCH), expected[:, LENGTH:])
+    model.model.generation.update(use_cache=True, num_beams=3)
+    together = model.predict(BATCH)
+    for i in range(4):
+        assert torch.equal(model.predict({"input_ids": ids[i : i + 1]}), together[i : i + 1])
+    del seen[:]
+    loss = model({"input_ids": ids})
+    assert len(seen) == len(blocks)
+    logits = behind_a_block(model, ids)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), rtol=1e-12, atol=0)
+    loss.backward()
+    assert model.gate.head.weight.grad.abs().sum() > 0
+    weights = model.weights(BATCH)
+    model.predict(BATCH)
+    if not tokens:
+        torch.testing.assert_close(model.mixture.cell.weights[::3], weights, rtol=1e-12, atol=1e-14)
+
+
+def test_a_gate_looks_after_a_block_that_there_is():
+    for layer in (0, 2):
+        with pytest.raises(ValueError, match=f"a gate can look after 1 to 1 of the 2 blocks, got layer={layer}"):
+            composed("llama", "fused", layer=layer).predict(BATCH)
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -62,7 +62,7 @@ def test_what_counts_is_what_is_to_be_said():
         encoded(tokenizer, {"messages": turns})
 
 
-@given(st.text(max_size=40))
+@given(st.text(max_size=40).filter(lambda text: "<" not in text))  # but for the special tokens
 def test_bytes_come_back(text):
     tokenizer = tokenizer_of("bytes")
     ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, N new tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +29,15 @@ class CausalLM(nn.Module):
 
     Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, and for training `labels` (B, L): the token where it counts,
     -100 where it does not, as in a prompt. Rows that hold several examples have `segments` (B, L) instead of a mask: the example that a token is
-    of, 0 where there is none; they do not see each other. A gate sees the mean of the prompt's input embeddings, or every token's.
+    of, 0 where there is none; they do not see each other. A gate sees the mean of the prompt's input embeddings, or every token's; or of what a few
+    blocks make of them, which the base computes by itself, in the same pass: skills then work behind these blocks only.
 
     Args:
         net: a causal language model of transformers; id of a Hub repository, or a folder, to load one from; or the configuration of one to start
             anew, as a mapping with its `model_type`.
         tokenizer: of a model that starts anew, as `skillbank.tokenizer.kept` gives it.
         tokens: a gate weights every token by itself, in training and in generation.
+        layer: how many blocks come before what a gate sees; None for the input embeddings.
         generation: of `net.generate`, over what the net's own generation config says; `max_new_tokens` is 32 unless given.
         revision: of the repository.
         checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -52,6 +54,7 @@ class CausalLM(nn.Module):
         *,
         tokenizer: Mapping[str, Any] | None = None,
         tokens: bool = False,
+        layer: int | None = None,
         generation: Mapping[str, Any] | None = None,
         revision: str | None = None,
         checkpointing: bool = False,
@@ -67,7 +70,9 @@ class CausalLM(nn.Module):
         if checkpointing:
             enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable  # its older name
             enable({"use_reentrant": False})
-        self.tokens = tokens
+        self.tokens, self.layer = tokens, layer
+        self._looks_at: Batch = {}
+        self._saw: Tensor | None = None
         self.generation = {"max_new_tokens": 32, **(generation or {})}
 
     @cached_property
@@ -101,9 +106,9 @@ class CausalLM(nn.Module):
     def losses(self, batch: Batch) -> Tensor:
         """Loss of every row, (B,), or of every example of packed rows: the mean over its tokens that count; all where the batch has no labels."""
         self._check(batch["input_ids"])
+        self._looks_at, self._saw = batch, None
         labels = batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(_mask(batch) == 0, IGNORED)
-        alone = {"attention_mask": _mask(batch)} if "segments" not in batch else _apart(batch["segments"], self.net.dtype)
-        logits = self.net(input_ids=batch["input_ids"], **alone).logits[:, :-1].mT
+        logits = self.net(input_ids=batch["input_ids"], **self._alone(batch)).logits[:, :-1].mT
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = labels[:, 1:]
         if "segments" in batch:  # nothing comes before the first token of an example
@@ -121,21 +126,40 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: Batch) -> Tensor:
-        """Mean of the input embeddings of the prompt (B, D), of the whole row where it has none.
+        """Mean of the input embeddings of the prompt (B, D), of the whole row where it has none; with `layer`, of what its blocks make of them.
 
-        With `tokens` every embedding (B, L, D); in packed rows every token sees its example's mean (B, L, D).
+        With `tokens` every one of them (B, L, D); in packed rows every token sees its example's mean (B, L, D).
         """
         self._check(batch["input_ids"])
-        words = self.net.get_input_embeddings()(batch["input_ids"])
+        if self.layer is None:
+            return self._pooled(self.net.get_input_embeddings()(batch["input_ids"]), batch)
+        with _output_of(self._block) as made, suppress(_EnoughError):
+            self.net(input_ids=batch["input_ids"], **self._alone(batch))
+        return self._pooled(made[0], batch)
+
+    def _pooled(self, hidden: Tensor, batch: Batch) -> Tensor:
         if self.tokens:
-            return words
+            return hidden
         if "segments" in batch:
             same = _same(batch["segments"])
             asked = same & (batch["labels"] == IGNORED)[:, None]
-            seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(words.dtype)
-            return seen @ words / seen.sum(-1, keepdim=True)
-        mask = prompt_mask(batch).to(words.dtype)
-        return (words * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(hidden.dtype)
+            return seen @ hidden / seen.sum(-1, keepdim=True)
+        mask = prompt_mask(batch).to(hidden.dtype)
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def _block(self) -> nn.Module:
+        """The block after which a gate looks."""
+        blocks = next(module for module in self.net.modules() if isinstance(module, nn.ModuleList))
+        assert self.layer is not None
+        if not 1 <= self.layer < len(blocks):
+            raise ValueError(f"a gate can look after 1 to {len(blocks) - 1} of the {len(blocks)} blocks, got layer={self.layer}")
+        return blocks[self.layer - 1]
+
+    def _alone(self, batch: Batch) -> dict[str, Tensor]:
+        """What makes the net see rows without their padding, and examples apart."""
+        return {"attention_mask": _mask(batch)} if "segments" not in batch else _apart(batch["segments"], self.net.dtype)
 
     @torch.no_grad()
     def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
@@ -159,6 +183,7 @@ class CausalLM(nn.Module):
         config = self.net.generation_config
         given = [self.generation.get("pad_token_id"), config.pad_token_id, config.eos_token_id, 0]
         pad = next(value for value in given if isinstance(value, int))
+        self._looks_at, self._saw = {"input_ids": ids, "attention_mask": mask}, None
         options = {**self.generation, "pad_token_id": pad, "max_new_tokens": new}
         found = self.net.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
         return nn.functional.pad(found, (0, new - found.shape[1]), value=pad)
@@ -178,18 +203,62 @@ class CausalLM(nn.Module):
                 "another base"
             )
 
+    @property
+    def within(self) -> bool:
+        """Whether what a gate sees comes about in the pass itself."""
+        return self.layer is not None
+
     @contextmanager
-    def passes(self, before: Callable[[Tensor], None]) -> Iterator[None]:
-        """In this block, `before` is told the input embeddings (B, L, D) of every pass of the net before it runs."""
+    def passes(self, before: Callable[[Tensor], None], blank: Callable[[int], None]) -> Iterator[None]:
+        """In this block, `before` is told the context of every pass of the net once it is there; with `layer`, `blank` its rows at its start."""
 
-        def look(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            before(self.net.get_input_embeddings()(kwargs["input_ids"] if "input_ids" in kwargs else args[0]))
+        def start(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            if self.layer is None:
+                before(self.net.get_input_embeddings()(ids))
+            else:
+                blank(len(ids))
 
-        handle = self.net.register_forward_pre_hook(look, with_kwargs=True)
+        def look(block: nn.Module, args: object, output: Any) -> None:
+            hidden = _hidden(output).detach()
+            if self._saw is None or self.tokens:
+                repeats = len(hidden) // len(self._looks_at["input_ids"])
+                self._saw = self._pooled(hidden, {key: value.repeat_interleave(repeats, 0) for key, value in self._looks_at.items()})
+            before(self._saw)
+
+        handles = [self.net.register_forward_pre_hook(start, with_kwargs=True)]
+        if self.layer is not None:
+            handles.append(self._block.register_forward_hook(look))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+
+class _EnoughError(Exception):
+    """What is behind a block need not run."""
+
+
+@contextmanager
+def _output_of(block: nn.Module) -> Iterator[list[Tensor]]:
+    """In this block of code a pass ends behind a block of the net; the list holds what that gave."""
+    made: list[Tensor] = []
+
+    def end(block: nn.Module, args: object, output: Any) -> None:
+        made.append(_hidden(output))
+        raise _EnoughError
+
+    handle = block.register_forward_hook(end)
+    try:
+        yield made
+    finally:
+        handle.remove()
+
+
+def _hidden(output: Any) -> Tensor:
+    """Hidden states among the outputs of a block."""
+    return cast("Tensor", output[0] if isinstance(output, tuple) else output)
 
 
 def _new(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> nn.Module:
@@ -216,9 +285,8 @@ def _pretrained(name: str, revision: str | None, options: Mapping[str, Any]) -> 
 
 def _same(segments: Tensor) -> Tensor:
     """Whether two tokens of a row are of one example, (B, L, L); what is of none is by itself."""
-    return (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0) | torch.eye(
-        segments.shape[1], dtype=torch.bool, device=segments.device
-    )
+    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
+    return (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0) | itself
 
 
 def _apart(segments: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
