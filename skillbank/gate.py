@@ -8,10 +8,10 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,23 @@ class MLPGate(nn.Module):
             The head's weights start at 0, only its bias differs. `official`: the paper's code, whose raw output is the multiplier itself and
             starts near 0; it is divided by `scale` here, so that it learns `scale` times more slowly.
         scale: the multiplier that the skills were trained with; used by `official` only.
+        view: what of the model's context it sees, such as `{"tokens": True}` of a language model: attributes that the model gets.
 
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, context_dim: int, skills: int, *, hidden: Sequence[int] = (256, 256), init: Init = "newest", scale: float = 16.0) -> None:
+    def __init__(
+        self,
+        context_dim: int,
+        skills: int,
+        *,
+        hidden: Sequence[int] = (256, 256),
+        init: Init = "newest",
+        scale: float = 16.0,
+        view: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if init not in ("newest", "uniform", "zero", "official"):
             raise ValueError(f"unknown init {init!r}: choose newest, uniform, zero or official")
@@ -52,6 +62,7 @@ class MLPGate(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         self.divisor = scale if init == "official" else 1.0
+        self.view = dict(view or {})
         if init != "official":
             nn.init.zeros_(self.head.weight)
         with torch.no_grad():
@@ -120,7 +131,7 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
     old = gate.head
     widths = [layer.in_features for layer in [*gate.body, old] if isinstance(layer, nn.Linear)]
     grown = MLPGate(widths[0], old.out_features + skills, hidden=widths[1:], init="zero")
-    grown.divisor = gate.divisor
+    grown.divisor, grown.view = gate.divisor, gate.view
     grown.body.load_state_dict(gate.body.state_dict())
     with torch.no_grad():
         grown.mean.copy_(gate.mean)
@@ -145,6 +156,7 @@ class Growing(nn.Module):
     def __init__(self, gate: MLPGate, skills: int = 1) -> None:
         super().__init__()
         self.gate = copy.deepcopy(gate).requires_grad_(False)
+        self.view = gate.view
         self.head = nn.Linear(gate.head.in_features, skills).to(gate.head.weight)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -199,6 +211,7 @@ class TopK(nn.Module):
         if k < 1:
             raise ValueError(f"a gate has to choose at least one skill, got k={k}")
         self.gate, self.k = gate, k
+        self.view = getattr(gate, "view", {})
 
     def forward(self, context: Tensor) -> Routes:
         """Routes of a context; gradients reach the weights that were chosen."""

@@ -14,7 +14,7 @@ from skillbank.attach import base_weights
 from skillbank.bank import Bank, Base, Checkpoint, Composition, base_fingerprint
 from skillbank.memory import keep_freed_memory
 from skillbank.merge import merge
-from skillbank.mixture import Composed, Mixture
+from skillbank.mixture import Composed, Mixture, every_pass, see
 from skillbank.model import ModelModule
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.fused import lay_out
@@ -162,7 +162,9 @@ def _compose(bank: Bank, composition: Composition, wanted: Wanted, samples: int)
     if constant is not None and wanted is None:
         return model, _always(model, stack(skills, constant), None)
     mixture = Mixture(model.net, skills)
-    plan = plan_gated(model.net, mixture, repeats=samples * getattr(model, "steps", 1), wanted=wanted)
+    see(model, getattr(gate, "view", {}))
+    repeats = 1 if every_pass(model, gate) else samples * getattr(model, "steps", 1)
+    plan = plan_gated(model.net, mixture, repeats=repeats, wanted=wanted)
     carry_out(plan, model.net, mixture)
     return cast("ModelModule", Composed(model, gate, mixture)), plan
 

@@ -22,7 +22,7 @@ from skillbank.gate import Routes
 from skillbank.model import Batch, ModelModule
 from skillbank.skill import Skill, stack
 
-__all__ = ["Cell", "Composed", "Mixed", "Mixture", "OnNet", "Weights"]
+__all__ = ["Cell", "Composed", "Mixed", "Mixture", "OnNet", "Weights", "every_pass", "see"]
 
 Weights = Tensor | Routes | Mapping[str, Tensor]
 
@@ -174,9 +174,31 @@ class Mixed(nn.Module):
         self._mix(batch, repeats)
         return nullcontext()
 
-    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
+    def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         """Set the mixture's weights for a batch."""
         raise NotImplementedError
+
+
+def see(model: nn.Module, view: Mapping[str, Any]) -> None:
+    """Let a model give the context that a gate wants to see.
+
+    Args:
+        model: whose attributes these become.
+        view: such as `{"tokens": True}` or `{"layer": 2}` of a language model.
+
+    Raises:
+        ValueError: the model has no such attribute.
+
+    """
+    for key, value in view.items():
+        if not hasattr(model, key):
+            raise ValueError(f"the gate is to see {key}={value!r}, {type(model).__name__} has no {key!r}: leave it out of the gate's view")
+        setattr(model, key, value)
+
+
+def every_pass(model: nn.Module, gate: nn.Module) -> bool:
+    """Whether the weights change from pass to pass of the net: a gate sees every token, or sees within the pass, or the layers do the weighting."""
+    return getattr(model, "tokens", False) or getattr(model, "within", False) or getattr(gate, "layerwise", False)
 
 
 class Composed(Mixed):
@@ -210,6 +232,9 @@ class Composed(Mixed):
         self.regulariser, self.scale = regulariser, scale
         self.mixture: OnNet = Mixture(self.model.net, skills) if isinstance(skills, Sequence) else skills
         self.model.requires_grad_(False).eval()
+        see(self.model, getattr(gate, "view", {}))
+        if hasattr(gate, "bind"):
+            cast("Any", gate).bind(self.net, self.mixture)
 
     def train(self, mode: bool = True) -> Composed:
         """Switch the gate only."""
@@ -217,15 +242,19 @@ class Composed(Mixed):
         self.training = mode
         return self
 
-    def weights(self, batch: Batch) -> Tensor | Routes:
-        """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch."""
+    def weights(self, batch: Batch) -> Weights:
+        """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch; by module where layers weight by themselves, once they ran."""
         self._blank(len(next(iter(batch.values()))))
         return self.gate(self.model.context(batch))
 
     @torch.no_grad()
     def shown(self, batch: Batch) -> NDArray[np.float32]:
         """Weights (B, K) that the gate gives for a batch, of all skills; the mean over the tokens where every token has its own."""
-        weights = self.weights(batch)
+        weights: Any = self.weights(batch)
+        if isinstance(weights, Mapping):
+            self(batch)
+            each = cast("Mapping[str, Tensor]", self.mixture.cell.weights).values()
+            weights = torch.stack([module.flatten(1, -2).mean(1) for module in each]).mean(0)
         weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
         return (weights if weights.dim() == 2 else weights.mean(1)).float().cpu().numpy()
 
@@ -256,10 +285,10 @@ class Composed(Mixed):
         parameter = next(self.model.parameters())
         self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
-    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor | Routes:
+    def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         return self._set(self.weights(batch), repeats)
 
-    def _set(self, weights: Tensor | Routes, repeats: int = 1) -> Tensor | Routes:
+    def _set(self, weights: Weights, repeats: int = 1) -> Weights:
         if mark(self.net) is not self.mixture.mark:
             raise RuntimeError("another skill was attached to this net since it was composed: give every Composed a base of its own")
         if isinstance(weights, Tensor) and weights.shape[-1] != self.mixture.count:

@@ -23,10 +23,12 @@ from skillbank.bank.card import tool_versions
 from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
 from skillbank.gate import MLPGate
+from skillbank.kshot import best_skills
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
-from skillbank.mixture import Composed, Mixture
+from skillbank.mixture import Composed, Mixture, see
 from skillbank.model import ModelModule, Task
+from skillbank.routers import Prototypes
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
 from skillbank.skill import Skill, distance, stack
@@ -106,12 +108,14 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         resume: as in `train`.
 
     Raises:
-        ValueError: both or neither of merge and gate, or skills that do not go together.
+        ValueError: both or neither of merge and gate, skills that do not go together, or a search without base or examples.
 
     """
     chosen, gate = conf.get("merge"), conf.get("gate")
     if (chosen is None) == (gate is None):
         raise ValueError("give either a merge (merge=stack, merge=svd) or a gate (gate=mlp, gate=constant)")
+    if conf["skills"] == "search":
+        conf = {**conf, "skills": _searched(conf, bank)}
     task = _task(conf)
     base, model, skills, refs = skills_on_base(bank, conf["skills"])
     name = conf["name"] or composition_name(task.name, base, refs)
@@ -127,6 +131,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
         return Made(composition, name, {"conf": conf, "data": {}, "metrics": metrics}, model, task, folder)
     assert gate is not None
+    see(model, gate.get("view") or {})
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
@@ -134,9 +139,28 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     mixture = Mixture(model.net, skills)
     fuse(model.net, mixture)
     composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
-    metrics = _fit(composed, network.parameters(), conf, name, task, folder if resume else None)
+    data, metrics = task.data, dict[str, float]()
+    if isinstance(network, Prototypes):
+        data = _place(network, model, [_task(bank.card(ref).conf) for ref in refs], conf)
+    if params := list(network.parameters()):
+        metrics = _fit(composed, params, conf, name, task, folder if resume else None)
     composition = Composition(base, refs, gate=gate, tensors=network.state_dict())
-    return Made(composition, name, {"conf": conf, "data": task.data, "metrics": metrics}, composed, task, folder)
+    return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, composed, task, folder)
+
+
+def _place(network: Prototypes, model: ModelModule, tasks: Sequence[Task], conf: Conf) -> dict[str, str]:
+    """Put prototypes where the data of every skill are; the hashes of what was looked at."""
+    samples = [islice(task.batches(batch_size=conf["batch_size"], seed=conf["seed"])(0), 8) for task in tasks]
+    network.place([torch.cat([model.context(batch).flatten(0, -2) for batch in batches]) for batches in samples])
+    return {source: digest for task in tasks for source, digest in task.data.items()}
+
+
+def _searched(conf: Conf, bank: Bank) -> list[str]:
+    """Skills that do best on a few examples, the best one last: there a gate starts."""
+    if conf["base"] is None or conf["search"]["examples"] is None:
+        given = f"base={conf['base']} and search.examples={conf['search']['examples']}"
+        raise ValueError(f"skills=search looks for skills of a base by examples: give base=... and search.examples=..., got {given}")
+    return [str(each.ref) for each in reversed(best_skills(bank, conf["base"], **conf["search"]))]
 
 
 def composition_name(task: str, base: str, skills: Sequence[str]) -> str:

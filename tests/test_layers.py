@@ -37,8 +37,8 @@ ORDER = [
         "statistics",
     ),
     "localise",
-    *("merge", "bank", "gate", "mixture", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
-    *("progress", "fit", "learn", "recipe", "models", "tasks", "report", "display", "cli"),
+    *("merge", "bank", "gate", "mixture", "routers", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
+    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "levels", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 
