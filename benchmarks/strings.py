@@ -1,104 +1,389 @@
-"""Functions of strings as skills of a small language model: which of them alone, chained, and unnamed, can be had by composing adapters.
+"""Functions of strings as skills of a small language model, composed in parameters, logits, answers and prompts: what each can do, and cannot.
 
-`RLabcd=` asks for the function R of L; the right answer writes a step for each, `Rdcba=cbaz`. The base learns twelve functions (A to L), chains
-of them, and that a function which it does not know stays where it is; every skill learns one of twelve others (N to Y) by itself, never in a chain.
-`abc>cba,defg>gfed,xyz>` asks for a function by examples, without its name.
+python -m benchmarks.strings [--seeds 3] [--quick] [--from-results]
+python -m benchmarks.strings --ship     # base and skills of seed 0 into adapters/, which the rest stands on
+
+See benchmarks/functions.py for what is asked. All numbers are shares of prompts that are answered exactly, mean and standard deviation over seeds
+(other skills, other gates, other prompts; the base is one). `alone` are single functions, `depth k` chains of k different ones, each composed
+method as it is; nothing is chosen by looking at these. `given the names` are methods that are told which skills a prompt names, which is what their
+weights are then; `all` have all twelve. `parts` is the share of functions that the same method answers alone, `gap` the share of chains that are
+wrong though the method has every part right, `weakest` the share of right chains over that of the worst of their parts.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import random
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
-KNOWN: dict[str, Callable[[str], str]] = {
-    "A": lambda s: s[1:] + s[0],
-    "B": lambda s: s[len(s) // 2 :] + s[: len(s) // 2],
-    "C": lambda s: s[1:],
-    "D": lambda s: s[0] + s,
-    "E": lambda s: shifted(s, 1),
-    "F": lambda s: s[1] + s[0] + s[2:],
-    "G": lambda s: s[::2],
-    "H": lambda s: s + s[-1],
-    "I": lambda s: vowels(s, "a"),
-    "J": lambda s: s[:-1],
-    "K": lambda s: shifted(s, 2),
-    "L": lambda s: s[::-1],
-}
-"""What the base knows."""
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from torch import Tensor, nn
 
-SKILLS: dict[str, Callable[[str], str]] = {
-    "N": lambda s: s[-1] + s[:-1],
-    "O": lambda s: s[-1] + s[1:-1] + s[0],
-    "P": lambda s: s[2:],
-    "Q": lambda s: s + s[0],
-    "R": lambda s: shifted(s, -1),
-    "S": lambda s: s[:-2] + s[-1] + s[-2],
-    "T": lambda s: s[1::2],
-    "U": lambda s: s[-1] + s,
-    "V": lambda s: vowels(s, "o"),
-    "W": lambda s: s[: len(s) // 2] + s[len(s) // 2 + 1 :],
-    "X": lambda s: shifted(s, 3),
-    "Y": lambda s: s[2:] + s[:2],
-}
-"""What a skill is trained on each."""
+import skillbank as sb
+import train as train_entry
+from benchmarks.functions import SKILLS, alone, by_examples, chain, chains, pretraining, save, word
+from benchmarks.stored import Row, load, parser, store, where
+from skillbank.kshot import best_skills
+from skillbank.levels import compose_at
+from skillbank.mixture import Composed, Mixed, Mixture
+from skillbank.model import Batch, Model
+from skillbank.report import markdown
+from skillbank.routers import Arrow, Prototypes
+from skillbank.runtime.fused import fuse
+from skillbank.tasks.text import TextTask, rows_of
+from skillbank.tasks.tokens import encoded
 
-FUNCTIONS = KNOWN | SKILLS
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Records = Sequence[Mapping[str, str]]
+Say = Callable[[Records], list[str]]
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/strings.jsonl"
+NAMES = "".join(SKILLS)
+TRAINED_ON, HELD_OUT = NAMES[:8], NAMES[8:]
+"""Functions whose chains the gates are trained on, and those that they never see in a chain."""
+BASE = ["task=text", "fit=base", "model=causal", "task.name=strings/base", "task.tokenizer=bytes", "task.length=96", "task.held_out=512"]
+BASE += ["fit.steps=4000", "fit.lr=3e-3", "batch_size=256", "episodes=512"]
+BASE += ["model.net.hidden_size=128", "model.net.intermediate_size=384", "model.net.max_position_embeddings=128"]
+SKILL = ["task=text", "base=strings/base", "task.length=96", "fit.steps=400", "fit.lr=2e-3", "lora.rank=8", "lora.scale=2", "batch_size=64"]
 
 
-def shifted(s: str, by: int) -> str:
-    """Every letter that far on in the alphabet."""
-    return "".join(LETTERS[(LETTERS.index(letter) + by) % 26] for letter in s)
+def trained(bank: sb.Bank, name: str, records: Sequence[dict[str, str]], *overrides: str) -> str:
+    """Reference of what train.py makes of records, made if it is not in the bank yet."""
+    try:
+        return str(bank.resolve(name))
+    except KeyError:
+        pass
+    path = save(records, ROOT / "runs/strings" / f"{name.replace('/', '-')}.jsonl")
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        conf = hydra_compose("train", [*overrides, f"task.name={name}", f"task.data={path.relative_to(ROOT)}", f"bank={bank.root}"])
+    print(f"-- {name}", flush=True)
+    return train_entry.train(conf)
 
 
-def vowels(s: str, to: str) -> str:
-    """Every vowel another."""
-    return "".join(to if letter in "aeiou" else letter for letter in s)
+def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
+    """References of the skills of a seed."""
+    made = {}
+    for name in NAMES:
+        own = f"strings/{name}" if seed == 0 else f"strings/{name}-{seed}"
+        made[name] = trained(bank, own, alone(name, 200, seed), *SKILL, f"seed={seed}", "episodes=0")
+    return made
 
 
-def word(rng: random.Random, low: int = 4, high: int = 8) -> str:
-    """A string of random letters."""
-    return "".join(rng.choices(LETTERS, k=rng.randint(low, high)))
+class Told(Mixed):
+    """Base and skills under the weights (B, K) that a batch brings with it: the weighted sum of the deltas, another one for every row. A `Model`."""
+
+    def __init__(self, model: nn.Module, skills: Sequence[sb.Skill]) -> None:
+        super().__init__()
+        self.model = cast("Any", model)
+        self.mixture = Mixture(self.model.net, skills)
+        fuse(self.model.net, self.mixture)
+        self.weights: Tensor = torch.zeros(0)
+
+    def _mix(self, batch: Batch, repeats: int = 1) -> Tensor:
+        self.mixture.cell.mix(self.weights, repeats)
+        return self.weights
 
 
-def chain(names: str, start: str, known: Sequence[str]) -> dict[str, str] | None:
-    """Record of a chain of functions, the last name first; None where a string becomes too short or long, or nothing can be done."""
-    prompt, steps, s = f"{names}{start}=", [], start
-    while names and names[-1] in known:
-        s, names = FUNCTIONS[names[-1]](s), names[:-1]
-        if not 3 <= len(s) <= 10:
-            return None
-        steps.append(names + s)
-    return {"prompt": prompt, "completion": "=".join(steps)} if steps else None
+class Bench:
+    """One seed."""
+
+    def __init__(self, bank: sb.Bank, seed: int, *, few: bool = False) -> None:
+        self.bank, self.seed, self.few = bank, seed, few
+        self.refs = skills_of(bank, seed)
+        self.skills = [cast("sb.Skill", bank.get(ref)) for ref in self.refs.values()]
+        self.count = 24 if few else 240
+        self.task = self.text([chain("N", "abcd", "N") or {}])
+        self.rows: list[Row] = []
+
+    def text(self, records: Sequence[Mapping[str, Any]]) -> TextTask:
+        """Records as a task."""
+        return TextTask(name="strings", data=records, tokenizer="strings/base", bank=self.bank, length=96)
+
+    def base(self) -> Any:
+        """A base of one's own."""
+        return sb.load("strings/base", self.bank)
+
+    def answers(self, model: Any, records: Records, weights: Tensor | None = None) -> list[str]:
+        """What a model says, all rows told their weights if they are given."""
+        if weights is None:
+            return self.task.answers(cast("Model", model), records, batch_size=120)
+        said: list[str] = []
+        for i in range(0, len(records), 120):
+            some = sorted(range(i, min(i + 120, len(records))), key=lambda j: len(records[j]["prompt"]))  # the order that they are answered in
+            model.weights = weights[some]
+            part = dict(zip(some, self.task.answers(model, [records[j] for j in some], batch_size=120), strict=True))
+            said += [part[j] for j in range(i, min(i + 120, len(records)))]
+        return said
+
+    def batches(self, records: Records) -> list[Batch]:
+        """Records as batches, in their order."""
+        return [rows_of([encoded(self.task.tokenizer, r) for r in records[i : i + 60]], self.task.tokenizer) for i in range(0, len(records), 60)]
+
+    def measure(self, method: str, say: Say) -> None:
+        """Rows of a method: single functions, chains, and what the parts of these come to."""
+        started = time.perf_counter()
+        parts = {
+            name: _share(say, [r for r in alone(name, 50, 1000 + self.seed) if "," not in r["prompt"]][: 8 if self.few else 40]) for name in NAMES
+        }
+        row: Row = {"method": method, "seed": self.seed, "alone": statistics.mean(parts.values())}
+        for depth in (2, 3, 4):
+            records = chains(depth, NAMES, self.count, 1000 + self.seed)
+            right = [given == record["completion"] for given, record in zip(say(records), records, strict=True)]
+            every = self.parts_right(say, records)
+            row |= {f"depth {depth}": statistics.mean(right), f"parts {depth}": statistics.mean(every)}
+            row[f"gap {depth}"] = sum(e and not r for e, r in zip(every, right, strict=True)) / max(sum(every), 1)
+            worst = statistics.mean(min(parts[name] for name in record["names"]) for record in records)
+            row[f"weakest {depth}"] = statistics.mean(right) / worst if worst else math.nan
+        self.rows.append(row | {"seconds": time.perf_counter() - started})
+        print(markdown([{key: row[key] for key in ("method", "seed", "alone", "depth 2", "depth 3", "depth 4")}]).splitlines()[-1], flush=True)
+
+    def parts_right(self, say: Say, records: Records) -> list[bool]:
+        """Whether every function of a chain is answered right when it is asked alone, of the string that it gets there."""
+        asked, owner = list[Mapping[str, str]](), list[int]()
+        for i, record in enumerate(records):
+            s = record["prompt"][len(record["names"]) : -1]
+            for name in reversed(record["names"]):
+                one = {"prompt": f"{name}{s}=", "completion": SKILLS[name](s), "names": name}
+                asked, owner, s = [*asked, one], [*owner, i], one["completion"]
+        wrong = {i for i, one, given in zip(owner, asked, say(asked), strict=True) if given != one["completion"]}
+        return [i not in wrong for i in range(len(records))]
 
 
-def by_examples(name: str, rng: random.Random, shots: int = 2) -> dict[str, str]:
-    """Record that asks for a function without its name."""
-    words = [word(rng, 4, 6) for _ in range(shots + 1)]
-    shown = ",".join(f"{s}>{FUNCTIONS[name](s)}" for s in words[:-1])
-    return {"prompt": f"{shown},{words[-1]}>", "completion": FUNCTIONS[name](words[-1])}
+def _share(say: Say, records: Records) -> float:
+    named = [{**record, "names": record["prompt"][0]} for record in records]
+    return statistics.mean(given == record["completion"] for given, record in zip(say(named), named, strict=True))
 
 
-def pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Records that the base is trained on."""
-    rng, found = random.Random(seed), list[dict[str, str]]()
-    while len(found) < count:
-        if rng.random() < 0.2:
-            found.append(by_examples(rng.choice(list(KNOWN)), rng))
-            continue
-        names = "".join(rng.choices(list(KNOWN), k=rng.randint(1, 4)))
-        if rng.random() < 0.4:
-            names = "".join(rng.choices(list(SKILLS), k=rng.randint(1, 3))) + names
-        record = chain(names[-4:], word(rng), list(KNOWN))
-        if record is not None:
-            found.append(record)
-    return found
+def told(records: Records, weight: Callable[[int], float]) -> Tensor:
+    """Weights (B, K) of the skills that prompts name, 0 for the others."""
+    return torch.tensor([[weight(len(r["names"])) if name in r["names"] else 0.0 for name in NAMES] for r in records])
 
 
-def save(records: Sequence[dict[str, str]], path: Path) -> Path:
-    """A record per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def stepwise(bench: Bench, model: Told, records: Records) -> list[str]:
+    """What a program says that runs the skills one after another, each on what the one before it wrote: the right parts in the right order."""
+    said: list[list[str]] = [[] for _ in records]
+    left = [(i, record["names"], record["prompt"][len(record["names"]) : -1]) for i, record in enumerate(records)]
+    while left:
+        asked = [{"prompt": f"{names}{s}=", "completion": "x" * 12, "names": names[-1]} for _, names, s in left]
+        answers = [given.split("=")[0] for given in bench.answers(model, asked, told(asked, lambda count: 1.0))]
+        after = []
+        for (i, names, _), given in zip(left, answers, strict=True):
+            said[i].append(given)
+            rest = given[len(names) - 1 :]
+            if names[:-1] and given.startswith(names[:-1]) and rest:
+                after.append((i, names[:-1], rest))
+        left = after
+    return ["=".join(steps) for steps in said]
+
+
+def gated(bench: Bench, records: Records, view: Mapping[str, Any], *, steps: int = 500) -> Composed:
+    """Gate over all skills, trained on records with the skills frozen."""
+    task, model = bench.text(records), bench.base()
+    for key, value in view.items():
+        setattr(model, key, value)
+    batches = task.batches(batch_size=64, seed=bench.seed)
+    context = torch.cat([model.context(next(batches(i))).flatten(0, -2) for i in range(8)])
+    torch.manual_seed(bench.seed)
+    gate = sb.MLPGate(context.shape[-1], len(NAMES), hidden=(128,), init="uniform", view=view)
+    gate.standardise(context)
+    mixture = Mixture(model.net, bench.skills)
+    fuse(model.net, mixture)
+    composed = Composed(model, gate, mixture)
+    sb.fit(
+        composed, batches, gate.parameters(), steps=10 if bench.few else steps, lr=2e-3, ema=None, weight_decay=0.0, seed=bench.seed, progress=False
+    )
+    return composed.eval()
+
+
+def prototypes(bench: Bench, records: Mapping[str, Records], view: Mapping[str, Any], **options: Any) -> Composed:
+    """Gate by the nearest prototype of the prompts that the skills were trained on."""
+    model = bench.base()
+    for key, value in view.items():
+        setattr(model, key, value)
+    samples = [model.context(next(bench.text(part).batches(batch_size=len(part), seed=0)(0))) for part in records.values()]
+    gate = Prototypes(samples[0].shape[-1], len(NAMES), view=view, **options)
+    gate.place(samples)
+    mixture = Mixture(model.net, bench.skills)
+    fuse(model.net, mixture)
+    return Composed(model, gate, mixture)
+
+
+def arrow(bench: Bench, k: int) -> Composed:
+    """Arrow over all skills."""
+    model = bench.base()
+    mixture = Mixture(model.net, bench.skills)
+    fuse(model.net, mixture)
+    return Composed(model, Arrow(0, len(NAMES), k=k), mixture)
+
+
+def shown(bench: Bench, records: Records) -> list[str]:
+    """What the base says where an example of every function that is asked for comes first."""
+    rng, model = random.Random(bench.seed), bench.base()
+    asked = []
+    for record in records:
+        examples = [chain(name, word(rng, 4, 5), name) for name in record["names"]]
+        before = ",".join(f"{e['prompt']}{e['completion']}" for e in examples if e is not None)
+        asked.append({**record, "prompt": f"{before},{record['prompt']}"})
+    return bench.answers(model, asked)
+
+
+def composition(bench: Bench) -> None:
+    """Every level on the same prompts."""
+    per = {name: alone(name, 200, bench.seed) for name in NAMES}
+    model = Told(bench.base(), bench.skills)
+    plain = bench.base()
+    bench.measure("base alone", partial(bench.answers, plain))
+    bench.measure("base, an example of each function before", partial(shown, bench))
+    bench.measure("given the names: sum", lambda r: bench.answers(model, r, told(r, lambda count: 1.0)))
+    bench.measure("given the names: mean", lambda r: bench.answers(model, r, told(r, lambda count: 1 / count)))
+    bench.measure("given the names: one after another", partial(stepwise, bench, model))
+    merges: dict[str, tuple[list[float] | None, dict[str, Any]]] = {
+        "merge, sum": ([1.0] * 12, {}),
+        "merge, mean": (None, {}),
+        "merge, ties": ([1.0] * 12, {"method": "ties"}),
+        "merge, tsv_m": ([1.0] * 12, {"method": "tsv_m"}),
+    }
+    for name, (weights, options) in merges.items():
+        merged = compose_at("merge", bench.base(), bench.skills, weights, **options)
+        bench.measure(f"all: {name}", partial(bench.answers, merged))
+    for level in ("logits", "vote", "rerank"):
+        made = compose_at(level, bench.base(), bench.skills)
+        bench.measure(f"all: {level}", partial(bench.answers, made))
+    routers = {
+        "all: Arrow, 3 per layer and token": arrow(bench, 3),
+        "all: nearest prototype of the prompt": prototypes(bench, per, {}, k=1),
+        "all: nearest prototype after 2 blocks": prototypes(bench, per, {"layer": 2}, k=1),
+    }
+    singles = [record for part in per.values() for record in part]
+    routers["gate per prompt, of single functions"] = gated(bench, singles, {})
+    routers["gate per token, of single functions"] = gated(bench, singles, {"tokens": True})
+    routers["gate per token after 2 blocks, of single functions"] = gated(bench, singles, {"tokens": True, "layer": 2})
+    taught = [r for depth in (2, 3) for r in chains(depth, TRAINED_ON, 40 if bench.few else 1000, bench.seed)]
+    routers["gate per prompt, of chains of 2 and 3"] = gated(bench, [*singles, *taught], {})
+    routers["gate per token after 2 blocks, of chains of 2 and 3"] = gated(bench, [*singles, *taught], {"tokens": True, "layer": 2})
+    for name, router in routers.items():
+        bench.measure(name, partial(bench.answers, router))
+        for group, names in (("trained on", TRAINED_ON), ("held out", HELD_OUT)):
+            records = chains(4, names, bench.count, 2000 + bench.seed)
+            right = [given == record["completion"] for given, record in zip(bench.answers(router, records), records, strict=True)]
+            bench.rows[-1][f"depth 4 of those {group}"] = statistics.mean(right)
+
+
+def routing(bench: Bench) -> Iterator[Row]:
+    """Which skill is meant where the prompt shows examples and names nothing."""
+    rng = random.Random(3000 + bench.seed)
+    asked = {name: [by_examples(name, rng) for _ in range(4 if bench.few else 20)] for name in NAMES}
+    records = [{**record, "names": name} for name, part in asked.items() for record in part]
+    target = torch.tensor([NAMES.index(record["names"]) for record in records])
+    per = {name: [r for r in alone(name, 200, bench.seed) if "," in r["prompt"]] for name in NAMES}
+    ways: dict[str, Composed] = {}
+    for name, view in (("embeddings", {}), ("2 blocks", {"layer": 2}), ("3 blocks", {"layer": 3})):
+        ways[f"nearest prototype, {name}"] = prototypes(bench, per, view, k=1)
+        ways[f"gate per prompt, {name}"] = gated(bench, [r for part in per.values() for r in part], view)
+    model = Told(bench.base(), bench.skills)
+    for way, router in ways.items():
+        chosen = torch.cat([torch.from_numpy(router.shown(batch)) for batch in bench.batches(records)]).argmax(1)
+        yield _routed(bench, way, model, records, chosen, target)
+    losses = _losses_of_shown(bench, model, records)
+    yield _routed(bench, "least loss on the examples in the prompt", model, records, losses.argmin(1), target)
+    pattern = "strings/?" if bench.seed == 0 else f"strings/?-{bench.seed}"
+    found = [best_skills(bench.bank, "strings/base", bench.batches(part[:16]), top=1, pattern=pattern)[0].ref for part in asked.values()]
+    right = [str(ref) == bench.refs[name] for ref, name in zip(found, NAMES, strict=True)]
+    yield {"way": "search of the bank with 16 examples", "seed": bench.seed, "right": statistics.mean(right), "answered": None}
+    yield _routed(bench, "told which", model, records, target, target)
+    yield _routed(bench, "base alone", Told(bench.base(), [bench.skills[0].scaled(0.0)] * 12), records, target, target) | {"right": None}
+
+
+def _losses_of_shown(bench: Bench, model: Told, records: Records) -> Tensor:
+    """Loss of every skill (B, K) on the last of the examples that a prompt shows, after the others."""
+    before = [record["prompt"].rpartition(",")[0].rpartition(">") for record in records]
+    batches = bench.batches([{"prompt": f"{prompt}>", "completion": answer} for prompt, _, answer in before])
+    found = []
+    for one in torch.eye(len(NAMES)):
+        each = []
+        for batch in batches:
+            model.mixture.cell.mix(one.expand(len(batch["input_ids"]), -1))
+            with torch.no_grad():
+                each.append(cast("Any", model.model).losses(batch))
+        found.append(torch.cat(each))
+    return torch.stack(found, 1)
+
+
+def _routed(bench: Bench, way: str, model: Told, records: Records, chosen: Tensor, target: Tensor) -> Row:
+    said = bench.answers(model, records, nn.functional.one_hot(chosen, len(NAMES)).float())
+    answered = statistics.mean(given == record["completion"] for given, record in zip(said, records, strict=True))
+    return {"way": way, "seed": bench.seed, "right": float((chosen == target).float().mean()), "answered": answered}
+
+
+def table(rows: Sequence[Row], key: str) -> str:
+    """Mean and standard deviation over the seeds of every number, by method."""
+    names = list(dict.fromkeys(row[key] for row in rows if key in row))
+    columns = [c for c in dict.fromkeys(c for row in rows if key in row for c in row) if c not in (key, "seed", "seconds")]
+    found = []
+    for name in names:
+        own = [row for row in rows if row.get(key) == name]
+        found.append({key: name} | {column: _spread([row.get(column) for row in own]) for column in columns})
+    return markdown(found)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return ""
+    return f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The tables."""
+    methods = [row for row in rows if "method" in row]
+    print(table([{k: v for k, v in row.items() if not k.startswith(("parts", "gap", "weakest"))} for row in methods], "method"), "\n")
+    print(
+        table([{k: v for k, v in row.items() if k in ("method", "seed") or k.startswith(("parts", "gap", "weakest"))} for row in methods], "method"),
+        "\n",
+    )
+    print(table([row for row in rows if "way" in row], "way"), "\n")
+    for row in rows:
+        if "device" in row:
+            print(f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['seconds']:.0f} s for {row['seeds']} seeds")
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__, "few prompts, short gates, one seed")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--ship", action="store_true", help="make base and skills in adapters/, if they are not there")
+    arguments = options.parse_args()
+    if arguments.from_results:
+        return show(load(RESULTS))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    shipped = sb.Bank(ROOT / "adapters")
+    if arguments.ship:
+        trained(shipped, "strings/base", pretraining(200_512), *BASE)
+        skills_of(shipped, 0)
+        return None
+    started, rows = time.perf_counter(), list[Row]()
+    for seed in range(1 if arguments.quick else arguments.seeds):
+        bank = shipped
+        if seed:
+            bank = sb.Bank(ROOT / "runs/strings/bank")
+            if "strings/base" not in {entry.ref.name for entry in bank.list("base")}:
+                bank.put(cast("sb.Base", shipped.get("strings/base")), "strings/base")
+        bench = Bench(bank, seed, few=arguments.quick)
+        composition(bench)
+        rows += [*bench.rows, *routing(bench)]
+    rows.append({**where(), "seconds": time.perf_counter() - started, "seeds": 1 if arguments.quick else arguments.seeds})
+    show(rows)
+    if not arguments.quick:
+        store(RESULTS, rows)
+    return None
+
+
+if __name__ == "__main__":
+    main()
