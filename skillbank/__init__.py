@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from skillbank.server import Server
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
+    from skillbank.unlearn import Abstaining, Adjustment, forgetting, negate
 
 __version__ = "0.1.0"
 
@@ -61,10 +62,13 @@ _HOME = {
     "server": ["Server"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
+    "unlearn": ["Abstaining", "Adjustment", "forgetting", "negate"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Abstaining",
+    "Adjustment",
     "Bank",
     "Base",
     "Certificate",
@@ -97,6 +101,7 @@ __all__ = [
     "fisher_factors",
     "fit",
     "fold",
+    "forgetting",
     "fresh",
     "graft",
     "gram",
@@ -108,6 +113,7 @@ __all__ = [
     "log_artifacts",
     "merge",
     "merge_adapters",
+    "negate",
     "overlap",
     "read",
     "read_adapter",
