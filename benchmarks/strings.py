@@ -49,7 +49,7 @@ NAMES = "".join(SKILLS)
 TRAINED_ON, HELD_OUT = NAMES[:8], NAMES[8:]
 """Functions whose chains the gates are trained on, and those that they never see in a chain."""
 BASE = ["task=text", "fit=base", "model=causal", "task.name=strings/base", "task.tokenizer=bytes", "task.length=96", "task.held_out=512"]
-BASE += ["fit.steps=4000", "fit.lr=3e-3", "batch_size=256", "episodes=512"]
+BASE += ["fit.steps=4000", "fit.lr=3e-3", "+fit.warmup=200", "batch_size=256", "episodes=512"]
 BASE += ["model.net.hidden_size=128", "model.net.intermediate_size=384", "model.net.max_position_embeddings=128"]
 SKILL = ["task=text", "base=strings/base", "task.length=96", "fit.steps=400", "fit.lr=2e-3", "lora.rank=8", "lora.scale=2", "batch_size=64"]
 

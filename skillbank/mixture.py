@@ -277,6 +277,10 @@ class Composed(Mixed):
         every = getattr(self.model, "tokens", False) or getattr(self.model, "within", False)
         return self._every_pass() if every else self._once(batch, repeats)
 
+    def live(self) -> AbstractContextManager[None]:
+        """In this block the net of a language model runs under the gate, whoever calls it: `generate` of transformers, or a harness."""
+        return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)), self._blank, live=True)
+
     def _every_pass(self) -> AbstractContextManager[None]:
         return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)), self._blank)
 

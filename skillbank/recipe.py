@@ -33,7 +33,7 @@ from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
 from skillbank.skill import Skill, distance, stack
 
-__all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "train"]
+__all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "task_of", "train"]
 
 Conf = Mapping[str, Any]
 
@@ -311,6 +311,20 @@ def _folder(kind: str, name: str, conf: Conf, keys: Sequence[str], bank: Bank, m
     everything = [chosen, [bank.card(ref).hash for ref in made_from], task.data]
     key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
     return Path("runs") / kind / name / key[:10]
+
+
+def task_of(ref: str | Ref, bank: Bank) -> Task:
+    """The task that a version was made on, by its card.
+
+    Raises:
+        UnknownRef: no such version.
+        ValueError: its card names no task, because `train` and `compose` did not make it.
+
+    """
+    conf = bank.card(ref).conf
+    if "task" not in conf:
+        raise ValueError(f"the card of {str(ref)!r} names no task: only train.py and compose.py write one there; give another version's, or examples")
+    return _task(conf)
 
 
 def _task(conf: Conf) -> Task:

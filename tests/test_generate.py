@@ -164,6 +164,19 @@ def test_what_a_gate_sees_after_a_block_comes_about_in_the_pass(kind, tokens, pa
         torch.testing.assert_close(model.mixture.cell.weights[::3], weights, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("view", [{}, {"tokens": True}, {"layer": 1}, {"layer": 1, "tokens": True}])
+def test_the_net_by_itself_runs_under_the_gate_while_it_is_live(kind, view):
+    model = composed(kind, "fused", **view)
+    expected, ids = model.predict(BATCH), BATCH["input_ids"]
+    with model.live():
+        assert torch.equal(model.net.generate(ids, **model.model.generation)[:, LENGTH:], expected)
+        logits = model.net(ids).logits
+    loss = model({"input_ids": ids})
+    assert view or torch.allclose(loss, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert not model.net._forward_pre_hooks
+
+
 def test_a_gate_looks_after_a_block_that_there_is():
     for layer in (0, 2):
         with pytest.raises(ValueError, match=f"a gate can look after 1 to 1 of the 2 blocks, got layer={layer}"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,7 +13,7 @@ from skillbank.bank.query import field
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, app, complete_ref
 from skillbank.display import answer, card_fields, lineage_tree, new_table, print_fitting, print_json, print_one, print_parts, progress, telling
 
-__all__ = ["dedup", "diff", "list_", "log", "methods", "rebuild_", "show", "similar_", "verify"]
+__all__ = ["dedup", "diff", "list_", "log", "methods", "rebuild_", "search_", "show", "similar_", "verify"]
 
 
 @app.command("list")
@@ -122,6 +122,31 @@ def similar_(
     print_one(table)
 
 
+@app.command("search")
+def search_(
+    examples: Annotated[str, typer.Option(help="Records of the task: a .jsonl, .json or .parquet file, or hub:<data set>.")],
+    base: Annotated[str, typer.Option(help="Whose skills to look at.", autocompletion=complete_ref)],
+    bank: BankOption = DEFAULT,
+    top: Annotated[int, typer.Option(help="At most this many.")] = 5,
+    diversity: Annotated[float, typer.Option(help="No two with a cosine of deltas above 1 less this.")] = 0.1,
+    by: Annotated[str, typer.Option(help="loss: the mean; better: the share of examples on which a skill beats the base.")] = "loss",
+    pattern: Annotated[str | None, typer.Option(help="Only names that match, such as 'walker/*'.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    json: JsonOption = False,
+) -> None:
+    """Find the skills that do best on a few examples of a new task, no two of them nearly the same."""
+    from skillbank.kshot import best_skills
+
+    found = best_skills(Bank(bank), base, examples, top=top, diversity=diversity, by=cast("Any", by), pattern=pattern, device=device)
+    if json:
+        print_json([{**asdict(each), "ref": str(each.ref)} for each in found])
+        return
+    table = new_table("ref", "loss", "margin", "better", "cosine")
+    for each in found:
+        table.add_row(str(each.ref), f"{each.loss:.4g}", f"{each.margin:+.4g}", f"{each.better:.0%}", f"{each.cosine:.3f}")
+    print_one(table)
+
+
 @app.command()
 def dedup(bank: BankOption = DEFAULT, json: JsonOption = False) -> None:
     """Show groups of skills that compute the same; nothing is removed."""
@@ -169,6 +194,25 @@ def rebuild_(ref: RefArgument, bank: BankOption = DEFAULT, json: JsonOption = Fa
             typer.echo(f"since it was made, {what} has changed: {how}")
     if not found.equal:
         raise typer.Exit(1)
+
+
+@app.command("eval")
+def eval_(
+    refs: Annotated[list[str], typer.Argument(help="Versions.", autocompletion=complete_ref)],
+    bank: BankOption = DEFAULT,
+    task: Annotated[str | None, typer.Option(help="A version whose task they are evaluated on; without it each on its own.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Records to evaluate on instead: .jsonl, .json or .parquet.")] = None,
+    by: Annotated[str | None, typer.Option(help="A key of the records: a row for each of its values, too.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="Episodes, or records, of an evaluation.")] = None,
+    device: Annotated[str, typer.Option(help="Where they run.")] = "cpu",
+    json: JsonOption = False,
+) -> None:
+    """Evaluate versions on a task, or on examples."""
+    from skillbank.evaluation import evaluate
+    from skillbank.report import markdown
+
+    rows = evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
+    answer(json, rows, markdown(rows))
 
 
 @app.command()

@@ -196,7 +196,8 @@ class CausalLM(nn.Module):
             raise ValueError(
                 f"{length} tokens are more than the {limit} that {type(self.net).__name__} can take: shorten the text, or max_new_tokens"
             )
-        rows = self.net.get_input_embeddings().num_embeddings
+        words = self.net.get_input_embeddings()
+        rows = getattr(words, "base_layer", words).num_embeddings  # with a skill on it, too
         if not ids.is_cuda and not torch.compiler.is_compiling() and int(ids.max()) >= rows:
             raise ValueError(
                 f"token {int(ids.max())} is not among the {rows} that {type(self.net).__name__} knows: the text was cut up by the tokenizer of "
@@ -209,15 +210,26 @@ class CausalLM(nn.Module):
         return self.layer is not None
 
     @contextmanager
-    def passes(self, before: Callable[[Tensor], None], blank: Callable[[int], None]) -> Iterator[None]:
-        """In this block, `before` is told the context of every pass of the net once it is there; with `layer`, `blank` its rows at its start."""
+    def passes(self, before: Callable[[Tensor], None], blank: Callable[[int], None], *, live: bool = False) -> Iterator[None]:
+        """In this block, `before` is told the context of every pass of the net once it is there; with `layer`, `blank` its rows at its start.
+
+        Where it is `live`, who calls the net is not this model: a pass with nothing in its cache is then one of prompts, as they stand there.
+        """
 
         def start(net: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            if self.layer is None:
-                before(self.net.get_input_embeddings()(ids))
-            else:
+            ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+            cache = kwargs.get("past_key_values")
+            anew = live and (cache is None or cache.get_seq_length() == 0)
+            if anew:
+                mask = kwargs.get("attention_mask")
+                self._looks_at = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None or mask.dim() != 2 else mask}
+                self._saw = None
+            if self.layer is not None:
                 blank(len(ids))
+            elif self.tokens:
+                before(self.net.get_input_embeddings()(ids))
+            elif anew:
+                before(self._pooled(self.net.get_input_embeddings()(ids), self._looks_at))
 
         def look(block: nn.Module, args: object, output: Any) -> None:
             hidden = _hidden(output).detach()

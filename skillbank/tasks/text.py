@@ -5,6 +5,7 @@ Shapes: B batch, L tokens of the longest row, E examples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -170,6 +171,22 @@ class TextTask:
         answers = self.answers(model, records)
         right = sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, records, strict=True))
         return {"exact": right / len(records), **found}
+
+    def by(self, key: str) -> dict[str, TextTask]:
+        """Tasks that evaluate the records with the same value of a key, by that value.
+
+        Raises:
+            ValueError: a record without that key.
+
+        """
+        missing = next((i for i, record in enumerate(self.test) if key not in record), None)
+        if missing is not None:
+            raise ValueError(f"task {self.name!r}: record {missing} of those that evaluate has no {key!r}: it has {sorted(self.test[missing])}")
+        groups: dict[str, TextTask] = {}
+        for value in dict.fromkeys(str(record[key]) for record in self.test):
+            groups[value] = copy.copy(self)
+            groups[value].test = [record for record in self.test if str(record[key]) == value]
+        return groups
 
     def answers(self, model: Model, records: Sequence[Record], *, batch_size: int = 64) -> list[str]:
         """What the model says to each record's prompt, as long as the longest right answer at most."""

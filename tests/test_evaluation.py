@@ -1,0 +1,70 @@
+"""`skillbank eval`: on a version's own task, on another's, on examples and their kinds."""
+
+import json
+
+import pytest
+import torch
+
+import skillbank as sb
+from skillbank.cli import main
+from skillbank.evaluation import evaluate
+from skillbank.tasks.text import TextTask
+from tests.test_text import NETS, RECORDS, task
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    records = [{**record, "size": "short" if i < 2 else "long"} for i, record in enumerate(RECORDS[:4])]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bank, made = sb.Bank(folder / "bank"), task(RECORDS[:4])
+    conf = {"_target_": "skillbank.models.transformer.CausalLM", "net": {"model_type": "llama", **NETS["llama"]}, **made.dimensions}
+    torch.manual_seed(0)
+    from skillbank.load import build
+
+    base = build(conf)
+    sb.fit(base, task(RECORDS[4:]).batches(batch_size=4, seed=0), base.parameters(), steps=100, lr=1e-2, ema=None, progress=False)
+    bank.put(sb.Base(conf, base.state_dict()), "base")
+    model = sb.load("base", bank)
+    sb.fit(model, task(RECORDS[:2]).batches(batch_size=2, seed=0), sb.fresh(model.net, rank=8), steps=200, lr=5e-3, ema=None, progress=False)
+    own = {"_target_": "skillbank.tasks.text.TextTask", "name": "short", "data": str(folder / "records.jsonl"), "tokenizer": "base"}
+    own |= {"bank": str(bank.root), "examples": 2, "test": str(folder / "records.jsonl")}
+    bank.put(sb.read(model.net), "short", card={"base": "base", "conf": {"task": own}})
+    return folder
+
+
+def test_rows(home):
+    bank = sb.Bank(home / "bank")
+    rows = evaluate(["base", "short"], bank, task="short")
+    assert [(row["ref"], row["task"], row["exact"], row["examples"]) for row in rows] == [
+        ("base@1", "short", 0.0, 4.0),
+        ("short@1", "short", 0.5, 4.0),
+    ]
+    assert rows[1:] == evaluate(["short"], bank)
+    every = evaluate(["short"], bank, examples=home / "records.jsonl", by="size")
+    assert [(row["size"], row["exact"], row["examples"]) for row in every] == [("all", 0.5, 4.0), ("short", 1.0, 2.0), ("long", 0.0, 2.0)]
+    assert every[0]["loss"] == pytest.approx((every[1]["loss"] + every[2]["loss"]) / 2, rel=1e-5)
+    whole = TextTask(name="all", data=RECORDS[:4], test=RECORDS[:4], tokenizer="short", bank=bank)
+    assert whole.evaluate(sb.load("short", bank)) == pytest.approx({key: every[0][key] for key in ("exact", "loss", "examples")})
+
+
+def test_command(home, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["skillbank", "eval", "short", "--bank", str(home / "bank"), "--by", "size", "--json"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    assert [row["size"] for row in json.loads(capsys.readouterr().out)] == ["all", "short", "long"]
+
+
+def test_bad_input(home, tmp_path):
+    bank = sb.Bank(home / "bank")
+    with pytest.raises(ValueError, match=r"evaluate on a task or on examples, got task='short' and examples='a.jsonl'"):
+        evaluate(["short"], bank, task="short", examples="a.jsonl")
+    with pytest.raises(ValueError, match=r"the card of 'base@1' names no task: only train.py and compose.py write one there"):
+        evaluate(["base"], bank)
+    with pytest.raises(ValueError, match=r"record 0 of those that evaluate has no 'kind': it has \['completion', 'prompt', 'size'\]"):
+        evaluate(["short"], bank, by="kind")
+    with pytest.raises(FileNotFoundError, match=r"there are no examples at 'nowhere.jsonl'"):
+        evaluate(["short"], bank, examples="nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"task 'walker/walk' has no records to group by 'kind': leave by out"):
+        evaluate(["walker/walk"], sb.Bank("adapters"), by="kind", episodes=1)
