@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from skillbank.artifacts import wandb_mode
 from skillbank.memory import keep_freed_memory
-from skillbank.model import SEED_STRIDE, Batch, Batches
+from skillbank.model import SEED_STRIDE, Batch, Batches, evaluating
 from skillbank.progress import Progress
 from skillbank.runtime import sharded
 from skillbank.runtime.compiled import compiled_loss
@@ -174,18 +174,15 @@ def fit(
 @torch.no_grad()
 def validation_loss(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0, repeats: int = 4) -> float:
     """Mean loss over held-out batches, each seen `repeats` times with its own noise; the same seed draws the same noise for every model."""
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     total = rows = 0.0
-    with _random_state():
+    with evaluating(model), _random_state():
         torch.manual_seed(seed)
         for batch in batches:
             count = len(next(iter(batch.values())))
             for _ in range(repeats):
                 total += float(model({key: value.to(device) for key, value in batch.items()})) * count
                 rows += count
-    model.train(training)
     if not rows:
         raise ValueError("there are no held-out batches: set aside some examples (for control tasks: held_out=...)")
     return total / rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "shown"]
+__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "evaluating", "shown"]
 
 SEED_STRIDE = 1_000_003 * 4096
 """How far apart the seeds are that two runs with seeds next to each other set at the same step."""
@@ -113,6 +114,18 @@ class Task(Protocol):
     def record(self, model: Model) -> Recorded:
         """What a report shows of `model` on this task."""
         ...
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In this block a model is in eval mode; every part of it is then in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def shown(model: Model, batch: Batch) -> NDArray[np.float32] | None:

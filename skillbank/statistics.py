@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import is_linear
-from skillbank.model import Batch, Model
+from skillbank.model import Batch, Model, evaluating
 
 __all__ = ["fisher_factors", "input_grams"]
 
@@ -123,13 +123,10 @@ def _shown(
 
 def _run(model: Model, batches: Iterable[Batch], steps: int | None, after: Callable[[Tensor], None]) -> None:
     module = cast("nn.Module", model)
-    training, device = module.training, next(module.parameters()).device
-    module.eval()
-    try:
+    device = next(module.parameters()).device
+    with evaluating(module):
         for batch in islice(batches, steps):
             after(module({key: value.to(device) for key, value in batch.items()}))
-    finally:
-        module.train(training)
 
 
 def _all_of(names: list[str], found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from skillbank.model import Model
+from skillbank.model import Model, evaluating
 from skillbank.tasks.environments import Environment, make_environment
 
 if TYPE_CHECKING:
@@ -212,7 +212,6 @@ class _Episodes:
 def _evaluating(model: nn.Module, seeds: Sequence[int]) -> Iterator[torch.device]:
     """Put the model in eval mode and seed torch; both are as before afterwards."""
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
     seed = int(np.random.SeedSequence([int(each) for each in seeds]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if gpu else []):
@@ -220,9 +219,5 @@ def _evaluating(model: nn.Module, seeds: Sequence[int]) -> Iterator[torch.device
         if gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        model.eval()
-        try:
+        with evaluating(model):
             yield device
-        finally:
-            for module, mode in modes:
-                module.training = mode

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skillbank.bank import Bank
-from skillbank.model import Batch, Batches, Model, Recorded, shown
+from skillbank.model import Batch, Batches, Model, Recorded, evaluating, shown
 from skillbank.tasks.records import Record, digest_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept
@@ -160,11 +160,12 @@ class TextTask:
         records = self.test[:episodes]
         if not records:
             raise ValueError(f"task {self.name!r} has no records to evaluate: give it test records, or held_out")
-        loss = 0.0
-        device = next(cast("Any", model).parameters()).device
-        for i in range(0, len(records), 64):
-            part = records[i : i + 64]
-            loss += float(cast("Any", model)(_on(device, rows_of(self._encoded(part), self.tokenizer)))) * len(part)
+        loss, module = 0.0, cast("Any", model)
+        device = next(module.parameters()).device
+        with evaluating(module):
+            for i in range(0, len(records), 64):
+                part = records[i : i + 64]
+                loss += float(module(_on(device, rows_of(self._encoded(part), self.tokenizer)))) * len(part)
         found = {"loss": loss / len(records), "examples": float(len(records))}
         if "text" in records[0]:
             return found
@@ -272,11 +273,12 @@ def complete(model: Any, tokenizer: Any, asks: Sequence[str | Sequence[int]], *,
     tokens = [list(ask) if not isinstance(ask, str) else asked(tokenizer, {"prompt": ask, "completion": ""}) for ask in asks]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     device, found = next(model.parameters()).device, [""] * len(tokens)
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        said = model.predict(_on(device, prompts([tokens[i] for i in some], tokenizer)), **options)
-        for i, text in zip(some, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
-            found[i] = text
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            said = model.predict(_on(device, prompts([tokens[i] for i in some], tokenizer)), **options)
+            for i, text in zip(some, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
+                found[i] = text
     return found
 
 
