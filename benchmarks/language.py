@@ -241,5 +241,10 @@ def show(found: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run it."""
     run_pinned(__doc__, "few rounds, ten skills, on one thread; stores nothing", "benchmarks.language", RESULTS, measure, show)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,15 +54,15 @@ BASE += ["model.net.hidden_size=128", "model.net.intermediate_size=384", "model.
 SKILL = ["task=text", "base=strings/base", "task.length=96", "fit.steps=400", "fit.lr=2e-3", "lora.rank=8", "lora.scale=2", "batch_size=64"]
 
 
-def trained(bank: sb.Bank, name: str, records: Sequence[dict[str, str]], *overrides: str) -> str:
-    """Reference of what train.py makes of records, made if it is not in the bank yet."""
+def trained(bank: sb.Bank, name: str, records: Sequence[dict[str, str]], *overrides: str, folder: str = "runs/strings") -> str:
+    """Reference of what train.py makes of records, which go to a file in a folder; made if it is not in the bank yet."""
     try:
         return str(bank.resolve(name))
     except KeyError:
         pass
-    path = save(records, ROOT / "runs/strings" / f"{name.replace('/', '-')}.jsonl")
+    path = save(records, Path(folder) / f"{name.rpartition('/')[2]}.jsonl")
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        conf = hydra_compose("train", [*overrides, f"task.name={name}", f"task.data={path.relative_to(ROOT)}", f"bank={bank.root}"])
+        conf = hydra_compose("train", [*overrides, f"task.name={name}", f"task.data={path}", f"bank={bank.root}"])
     print(f"-- {name}", flush=True)
     return train_entry.train(conf)
 
@@ -72,7 +72,8 @@ def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
     made = {}
     for name in NAMES:
         own = f"strings/{name}" if seed == 0 else f"strings/{name}-{seed}"
-        made[name] = trained(bank, own, alone(name, 200, seed), *SKILL, f"seed={seed}", "episodes=0")
+        folder = "runs/strings" if seed else "demos/strings"
+        made[name] = trained(bank, own, alone(name, 200, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
     return made
 
 
@@ -363,7 +364,8 @@ def main() -> None:
     if arguments.from_results:
         return show(load(RESULTS))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    shipped = sb.Bank(ROOT / "adapters")
+    os.chdir(ROOT)
+    shipped = sb.Bank("adapters")
     if arguments.ship:
         trained(shipped, "strings/base", pretraining(200_512), *BASE)
         skills_of(shipped, 0)
@@ -372,7 +374,7 @@ def main() -> None:
     for seed in range(1 if arguments.quick else arguments.seeds):
         bank = shipped
         if seed:
-            bank = sb.Bank(ROOT / "runs/strings/bank")
+            bank = sb.Bank("runs/strings/bank")
             if "strings/base" not in {entry.ref.name for entry in bank.list("base")}:
                 bank.put(cast("sb.Base", shipped.get("strings/base")), "strings/base")
         bench = Bench(bank, seed, few=arguments.quick)
