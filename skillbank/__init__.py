@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from skillbank.folding import Folding, fold
     from skillbank.formats import read_lora
     from skillbank.gate import ConstantGate, Growing, MLPGate, Routes, TopK, grow
+    from skillbank.kshot import best_skills
     from skillbank.learn import learn_weights, search_weights
     from skillbank.load import check_base, load
     from skillbank.localise import Graft, graft
@@ -49,6 +50,7 @@ _HOME = {
     "folding": ["Folding", "fold"],
     "formats": ["read_lora"],
     "gate": ["ConstantGate", "Growing", "MLPGate", "Routes", "TopK", "grow"],
+    "kshot": ["best_skills"],
     "learn": ["learn_weights", "search_weights"],
     "load": ["check_base", "load"],
     "localise": ["Graft", "graft"],
@@ -90,6 +92,7 @@ __all__ = [
     "Together",
     "TopK",
     "attach",
+    "best_skills",
     "check_base",
     "check_model",
     "cosine",

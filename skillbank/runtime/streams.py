@@ -39,7 +39,7 @@ class Streams(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of torch."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags:
+        if torch.Tag.nondeterministic_seeded not in function.tags or _drops_nothing(function, args, kwargs):
             return function(*args, **kwargs)
         each = self.rows // len(self.seeds)
         if not any(self._is_ours(value) for value in args):
@@ -68,3 +68,9 @@ class Streams(TorchDispatchMode):
         if not self._is_ours(value):
             return value
         return value[k * each : (k + 1) * each] if isinstance(value, Tensor) else [each, *value[1:]]
+
+
+def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is attention without dropout, which could draw but does not."""
+    given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+    return "dropout_p" in (argument.name for argument in function._schema.arguments) and not given.get("dropout_p")
