@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from skillbank.gate import ConstantGate, Growing, MLPGate, Routes, TopK, grow
     from skillbank.kshot import best_skills
     from skillbank.learn import learn_weights, search_weights
+    from skillbank.levels import compose_at
     from skillbank.load import check_base, load
     from skillbank.localise import Graft, graft
     from skillbank.merge import dense_merge, merge, merge_adapters
@@ -52,6 +53,7 @@ _HOME = {
     "gate": ["ConstantGate", "Growing", "MLPGate", "Routes", "TopK", "grow"],
     "kshot": ["best_skills"],
     "learn": ["learn_weights", "search_weights"],
+    "levels": ["compose_at"],
     "load": ["check_base", "load"],
     "localise": ["Graft", "graft"],
     "merge": ["dense_merge", "merge", "merge_adapters"],
@@ -95,6 +97,7 @@ __all__ = [
     "best_skills",
     "check_base",
     "check_model",
+    "compose_at",
     "cosine",
     "dense_merge",
     "detach",
