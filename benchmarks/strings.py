@@ -71,7 +71,7 @@ def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
     """References of the skills of a seed."""
     made = {}
     for name in NAMES:
-        own = f"strings/{name}" if seed == 0 else f"strings/{name}-{seed}"
+        own = f"strings/{name.lower()}" if seed == 0 else f"strings/{name.lower()}-{seed}"
         folder = "runs/strings" if seed else "demos/strings"
         made[name] = trained(bank, own, alone(name, 200, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
     return made
