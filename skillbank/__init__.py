@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from skillbank.server import Server
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
     from skillbank.statistics import fisher_factors, input_grams
+    from skillbank.tasks.text import TextTask, complete
     from skillbank.unlearn import Abstaining, Adjustment, forgetting, negate
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ _HOME = {
     "server": ["Server"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
     "statistics": ["fisher_factors", "input_grams"],
+    "tasks.text": ["TextTask", "complete"],
     "unlearn": ["Abstaining", "Adjustment", "forgetting", "negate"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -91,12 +93,14 @@ __all__ = [
     "Skill",
     "Slots",
     "Task",
+    "TextTask",
     "Together",
     "TopK",
     "attach",
     "best_skills",
     "check_base",
     "check_model",
+    "complete",
     "compose_at",
     "cosine",
     "dense_merge",

@@ -297,7 +297,7 @@ def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, fol
         params,
         seed=conf["seed"],
         folder=folder,
-        validate=lambda: validation_loss(model, task.validation(batch_size=1024)),
+        validate=(lambda: validation_loss(model, task.validation(batch_size=1024))) if getattr(task, "held_out", True) else None,
         **conf["fit"],
         **conf["logger"],
         run={"name": name, "conf": conf},

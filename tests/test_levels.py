@@ -324,7 +324,7 @@ def test_in_context_is_the_base_after_the_examples(kind):
     check_model(model, rows_of([encoded(tokenizer, record) for record in RECORDS], tokenizer))
     ahead = "ab:ba\n\n\nxyz:zyx\n\n\n"
     asks = [record["prompt"] for record in RECORDS]
-    assert complete(model, tokenizer, asks) == complete(base, tokenizer, [ahead + ask for ask in asks])
+    assert complete(model, tokenizer=tokenizer, asks=asks) == complete(base, tokenizer=tokenizer, asks=[ahead + ask for ask in asks])
     plain, longer = (
         rows_of([encoded(tokenizer, {**record, "prompt": before + record["prompt"]}) for record in RECORDS], tokenizer) for before in ("", ahead)
     )
@@ -380,8 +380,8 @@ def test_an_answer_ends_where_another_example_would_begin(said, expected):
     base, tokenizer = spelling()
     base.__class__, base.said = Parrot, said
     model = at("in_context", base, (), examples=[RECORDS])
-    assert complete(model, tokenizer, ["ab:", "c:"]) == [expected] * 2
-    assert complete(at("in_context", base, (), examples=[RECORDS], template="{prompt}{completion}"), tokenizer, ["ab:"]) == [said]
+    assert complete(model, tokenizer=tokenizer, asks=["ab:", "c:"]) == [expected] * 2
+    assert complete(at("in_context", base, (), examples=[RECORDS], template="{prompt}{completion}"), ["ab:"], tokenizer=tokenizer) == [said]
 
 
 def card(**values):

@@ -129,9 +129,9 @@ def test_training_and_answers():
     assert (before["exact"], after["exact"], after["examples"]) == (0.0, 1.0, 4.0)
     assert after["loss"] < 0.1 < before["loss"]
     prompts = [record["prompt"] for record in RECORDS[:4]]
-    together = complete(model, made.tokenizer, prompts, max_new_tokens=13)
+    together = complete(model, tokenizer=made.tokenizer, asks=prompts, max_new_tokens=13)
     assert together == [record["completion"] for record in RECORDS[:4]]
-    assert [complete(model, made.tokenizer, [prompt], max_new_tokens=13)[0] for prompt in prompts] == together
+    assert [complete(model, tokenizer=made.tokenizer, asks=[prompt], max_new_tokens=13)[0] for prompt in prompts] == together
     assert made.evaluate(model, episodes=2)["examples"] == 2.0
 
 
@@ -286,5 +286,7 @@ def test_bad_input(tmp_path):
         ValueError, match="token 400 is not among the 258 that LlamaForCausalLM knows: the text was cut up by the tokenizer of another"
     ):
         model({"input_ids": torch.full((1, 3), 400)})
+    with pytest.raises(ValueError, match="CausalLM has no tokenizer of its own: give one, see tokenizer_of"):
+        complete(CausalLM(model.net), ["a"])
     with pytest.raises(ValueError, match="packed rows are for training"):
         model.predict(next(task(pack=True).batches(batch_size=4, seed=0)(0)))

@@ -239,7 +239,7 @@ def test_what_is_refused_and_what_is_not(kind, gated):
     assert torch.equal(said[4:], expected[4:])
     assert said[:4].tolist() == [[*answer, 0, 0, 0]] * 4
     assert abstaining.predict(batch, max_new_tokens=1)[:4].tolist() == [answer[:1]] * 4
-    assert complete(abstaining, tokenizer, [FORGET.records[0]["prompt"]], max_new_tokens=4) == ["no"]
+    assert complete(abstaining, tokenizer=tokenizer, asks=[FORGET.records[0]["prompt"]], max_new_tokens=4) == ["no"]
     assert torch.equal(abstaining.context(batch), model.context(batch))
     abstaining.alpha = 1e9
     assert float(abstaining(batch)) == pytest.approx(math.log(258))

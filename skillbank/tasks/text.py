@@ -192,7 +192,8 @@ class TextTask:
     def answers(self, model: Model, records: Sequence[Record], *, batch_size: int = 64) -> list[str]:
         """What the model says to each record's prompt, as long as the longest right answer at most."""
         new = max(len(self.tokenizer(answer_of(record), add_special_tokens=False).input_ids) for record in records) + 1
-        return complete(model, self.tokenizer, [asked(self.tokenizer, record) for record in records], batch_size=batch_size, max_new_tokens=new)
+        asks = [asked(self.tokenizer, record) for record in records]
+        return complete(model, asks, tokenizer=self.tokenizer, batch_size=batch_size, max_new_tokens=new)
 
     def record(self, model: Model) -> Recorded:
         """Weights that a gate gives for the records that evaluate, at most 100 of them, (E, K); for tokens, their mean."""
@@ -259,17 +260,23 @@ def prompts(asks: Sequence[Sequence[int]], tokenizer: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, asks: Sequence[str | Sequence[int]], *, batch_size: int = 64, **options: Any) -> list[str]:
+def complete(model: Any, asks: Sequence[str | Sequence[int]], *, tokenizer: Any = None, batch_size: int = 64, **options: Any) -> list[str]:
     """What a model says after prompts.
 
     Args:
         model: a `CausalLM`, or one under skills and a gate.
-        tokenizer: of its base.
         asks: prompts as text, or as tokens.
+        tokenizer: where it is not the model's own.
         batch_size: prompts at once, those of about the same length together.
         options: of generation, for example `max_new_tokens`.
 
+    Raises:
+        ValueError: neither the model nor the caller has a tokenizer.
+
     """
+    tokenizer = tokenizer or getattr(getattr(model, "model", model), "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"{type(model).__name__} has no tokenizer of its own: give one, see tokenizer_of")
     tokens = [list(ask) if not isinstance(ask, str) else asked(tokenizer, {"prompt": ask, "completion": ""}) for ask in asks]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     device, found = next(model.parameters()).device, [""] * len(tokens)
