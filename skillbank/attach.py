@@ -52,8 +52,9 @@ def fresh(
         net: the frozen base's net, changed in place.
         rank: rank R of every module, >= 1.
         scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank. `read` folds it in.
-        targets: which modules: None for all linear layers but a language model's last, from features to words; a regular expression that matches
-            whole module paths, or a list of paths or of their last parts.
+        targets: which modules: None for all linear layers, of a net of transformers those of its body, without its head (a language model's last
+            layer, a classifier's layers behind the body) and without a pooler before it; a regular expression that matches whole module paths, or
+            a list of paths or of their last parts.
 
     Returns:
         The trainable parameters, A and B of every module.
@@ -249,8 +250,7 @@ def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     modules = plain_modules(net)
     match: Callable[[str], bool]
     if targets is None:
-        last = getattr(net, "get_output_embeddings", lambda: None)()
-        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not last]
+        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and not _is_head(net, name)]
     else:
         if isinstance(targets, str):
             pattern = re.compile(targets)
@@ -263,6 +263,14 @@ def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     for name in names:
         _check_layer(name, modules[name])
     return names
+
+
+def _is_head(net: nn.Module, name: str) -> bool:
+    """Whether a module turns the features of a net of transformers into what it says: its last layer, one outside its body, or in the pooler."""
+    body = getattr(net, "base_model_prefix", "")
+    last = getattr(net, "get_output_embeddings", lambda: None)()
+    outside = bool(body) and hasattr(net, body) and not name.startswith(f"{body}.")
+    return outside or net.get_submodule(name) is last or "pooler" in name.split(".")
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:

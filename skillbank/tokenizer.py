@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 __all__ = ["byte_tokenizer", "kept", "restored"]
 
-SPECIAL = ("pad_token", "bos_token", "eos_token", "unk_token", "chat_template")
+SPECIAL = ("pad_token", "bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token", "chat_template")
 
 
 def kept(tokenizer: Any) -> dict[str, Any]:

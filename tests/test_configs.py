@@ -33,6 +33,8 @@ OPTIONAL_IN = {
     "model": ("train",),
     "lora": ("train",),
 }
+TEXT = {"text": "causal", "labels": "classifier"}
+"""Tasks whose records are the user's, and models for them."""
 
 
 def choices(group):
@@ -58,6 +60,7 @@ def test_every_choice_composes(choice):
     done = []
     for command in OPTIONAL_IN.get(group, ("train", "compose")):
         given = ["skills=[a,b]"] if command == "compose" else []
+        given += ["task.name=a", "task.data=b"] if group == "task" and name in TEXT else []
         try:
             conf = composed(command, f"{group}={name}", *given)
         except HydraException:
@@ -69,7 +72,7 @@ def test_every_choice_composes(choice):
     assert done
 
 
-@pytest.mark.parametrize("name", choices("task"))
+@pytest.mark.parametrize("name", [name for name in choices("task") if name not in TEXT])
 def test_every_task(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     task = instantiate(composed("train", f"task={name}").task, _convert_="all")
@@ -80,7 +83,18 @@ def test_every_task(name, monkeypatch):
     assert task.environment_seeds()
 
 
-@pytest.mark.parametrize("name", choices("model"))
+@pytest.mark.parametrize("name", TEXT)
+def test_every_task_of_text_and_its_model(name, tmp_path):
+    records = [{"prompt": "a", "completion": "b", "text": "a", "label": label} for label in "cd"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = [f"task={name}", f"model={TEXT[name]}", "task.name=a", f"task.data={tmp_path}/a.jsonl", "task.tokenizer=bytes"]
+    conf = composed("train", *given)
+    task = instantiate(conf.task, _convert_="all")
+    model = instantiate(conf.model, **task.dimensions, _convert_="all").eval()
+    sb.check_model(model, next(task.batches(batch_size=2, seed=0)(0)))
+
+
+@pytest.mark.parametrize("name", [name for name in choices("model") if name not in TEXT.values()])
 def test_every_model(name):
     model = instantiate(composed("train", f"model={name}").model, observation_dim=5, action_dim=3, _convert_="all")
     sb.check_model(model, tiny_batch(horizon=model.horizon))

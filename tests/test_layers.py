@@ -71,7 +71,7 @@ HOMES = {
     "safetensors": {"tensors", "bank.records"},
     "tokenizers": {"tokenizer"},
     "tqdm": {"fit"},
-    "transformers": {"attach", "shards", "models.transformer", "tasks.tokens", "tokenizer"},
+    "transformers": {"attach", "shards", "models.encoder", "models.pretrained", "models.transformer", "tasks.tokens", "tokenizer"},
     "triton": {"runtime.kernels"},
     "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},

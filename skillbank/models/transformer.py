@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from skillbank.model import Batch
-from skillbank.tokenizer import restored
+from skillbank.models.pretrained import Pretrained
 
 __all__ = ["CausalLM", "prompt_mask"]
 
@@ -24,7 +22,7 @@ IGNORED = -100
 """Label of a token whose loss does not count."""
 
 
-class CausalLM(nn.Module):
+class CausalLM(Pretrained):
     """A causal language model as a `Model`.
 
     Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, and for training `labels` (B, L): the token where it counts,
@@ -48,6 +46,8 @@ class CausalLM(nn.Module):
 
     """
 
+    auto, kind = AutoModelForCausalLM, "causal language model"
+
     def __init__(
         self,
         net: nn.Module | Mapping[str, Any] | str,
@@ -60,34 +60,11 @@ class CausalLM(nn.Module):
         checkpointing: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self.net: Any = net
-        self._tokenizer, self._from = tokenizer, (net, revision)
-        if isinstance(net, Mapping):
-            self.net = _new(net, {} if tokenizer is None else tokenizer)
-        elif isinstance(net, str):
-            self.net = _pretrained(net, revision, options)
-        if checkpointing:
-            enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable  # its older name
-            enable({"use_reentrant": False})
+        super().__init__(net, tokenizer=tokenizer, revision=revision, checkpointing=checkpointing, options=options)
         self.tokens, self.layer = tokens, layer
         self._looks_at: Batch = {}
         self._saw: Tensor | None = None
         self.generation = {"max_new_tokens": 32, **(generation or {})}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """What cuts text up for it; None where the model was given without one."""
-        if self._tokenizer is not None:
-            return restored(self._tokenizer)
-        name, revision = self._from
-        return AutoTokenizer.from_pretrained(name, revision=revision) if isinstance(name, str) else None
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the net, and its tokenizer, as transformers loads them."""
-        self.net.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
 
     @property
     def repeats(self) -> int:
@@ -188,22 +165,6 @@ class CausalLM(nn.Module):
         found = self.net.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
         return nn.functional.pad(found, (0, new - found.shape[1]), value=pad)
 
-    def _check(self, ids: Tensor, length: int | None = None) -> None:
-        """Raise a ValueError for tokens, or more of them, than the net knows."""
-        length = length or ids.shape[1]
-        limit = getattr(self.net.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{length} tokens are more than the {limit} that {type(self.net).__name__} can take: shorten the text, or max_new_tokens"
-            )
-        words = self.net.get_input_embeddings()
-        rows = getattr(words, "base_layer", words).num_embeddings  # with a skill on it, too
-        if not ids.is_cuda and not torch.compiler.is_compiling() and int(ids.max()) >= rows:
-            raise ValueError(
-                f"token {int(ids.max())} is not among the {rows} that {type(self.net).__name__} knows: the text was cut up by the tokenizer of "
-                "another base"
-            )
-
     @property
     def within(self) -> bool:
         """Whether what a gate sees comes about in the pass itself."""
@@ -271,28 +232,6 @@ def _output_of(block: nn.Module) -> Iterator[list[Tensor]]:
 def _hidden(output: Any) -> Tensor:
     """Hidden states among the outputs of a block."""
     return cast("Tensor", output[0] if isinstance(output, tuple) else output)
-
-
-def _new(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> nn.Module:
-    """A model that starts anew, its vocabulary a tokenizer's."""
-    options = dict(config)
-    if tokenizer:
-        known = tokenizer["tokenizer"]["model"]["vocab"]
-        ids = dict(known) if isinstance(known, Mapping) else {word: i for i, (word, _) in enumerate(known)}
-        ids |= {added["content"]: added["id"] for added in tokenizer["tokenizer"]["added_tokens"]}
-        special = {f"{key}_id": ids[tokenizer[key]] for key in ("pad_token", "bos_token", "eos_token") if key in tokenizer}
-        options = {"vocab_size": max(ids.values()) + 1, "bos_token_id": None, "eos_token_id": None, **special, **options}
-    return cast("nn.Module", AutoModelForCausalLM.from_config(AutoConfig.for_model(**options)))
-
-
-def _pretrained(name: str, revision: str | None, options: Mapping[str, Any]) -> nn.Module:
-    try:
-        return cast("nn.Module", AutoModelForCausalLM.from_pretrained(name, revision=revision, **options))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"no causal language model at {name!r}, neither as a folder nor on the Hub ({reason}): give a folder, or download it"
-        ) from None
 
 
 def _same(segments: Tensor) -> Tensor:

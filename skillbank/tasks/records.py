@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "digest_of", "read_records"]
+__all__ = ["KINDS", "Record", "digest_of", "read_records"]
 
 Record = Mapping[str, Any]
-"""`prompt` and `completion`, or `messages` [{role, content}, ...], or `text`; what else is in it stays."""
+"""`prompt` and `completion`, or `messages` [{role, content}, ...], or `text`, or `text` and `label`; what else is in it stays."""
 
-KINDS = (("prompt", "completion"), ("messages",), ("text",))
+Kinds = Sequence[tuple[str, ...]]
+
+KINDS: Kinds = (("prompt", "completion"), ("messages",), ("text",))
+"""What records of text have; the first that fits counts."""
 
 
-def read_records(source: str | Path | Iterable[Record], columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def read_records(source: str | Path | Iterable[Record], columns: Mapping[str, str] | None = None, kinds: Kinds = KINDS) -> list[dict[str, Any]]:
     """Records of a file, of a data set on the Hub, or of any iterable of mappings, such as a data set of `datasets`.
 
     Args:
         source: path of `.jsonl` (a record per line), `.json` (a list) or `.parquet`; `hub:name` or `hub:name/split`; or the records themselves.
         columns: what is called otherwise, as `{"prompt": "question"}`.
+        kinds: what a record may have.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: `datasets` is needed and not installed.
-        ValueError: a line that is no JSON, no record at all, a record of none of the three kinds, or one with nothing to learn.
+        ValueError: a line that is no JSON, no record at all, a record of none of the kinds, or one with nothing to learn.
 
     """
     name = str(source) if isinstance(source, str | Path) else "the records"
@@ -39,17 +43,17 @@ def read_records(source: str | Path | Iterable[Record], columns: Mapping[str, st
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}, record {i}: a record is a mapping, got {type(row).__name__}")
         record = {renamed.get(str(key), str(key)): value for key, value in row.items()}
-        if wrong := _fault(record):
+        if wrong := _fault(record, kinds):
             raise ValueError(f"{name}, record {i}: {wrong}")
         found.append(record)
     return found
 
 
-def digest_of(records: Iterable[Record]) -> str:
+def digest_of(records: Iterable[Record], kinds: Kinds = KINDS) -> str:
     """SHA-256 of what is learned from records, in their order."""
     whole = hashlib.sha256()
     for record in records:
-        kind = next(kind for kind in KINDS if all(key in record for key in kind))
+        kind = next(kind for kind in kinds if all(key in record for key in kind))
         whole.update(json.dumps([record[key] for key in kind], sort_keys=True).encode() + b"\n")
     return whole.hexdigest()
 
@@ -86,11 +90,13 @@ def _datasets() -> Any:
     return datasets
 
 
-def _fault(record: Record) -> str | None:
+def _fault(record: Record, kinds: Kinds) -> str | None:
     """What is wrong with a record, if anything is."""
-    kind = next((kind for kind in KINDS if all(key in record for key in kind)), None)
+    kind = next((kind for kind in kinds if all(key in record for key in kind)), None)
     if kind is None:
-        return f"it has {sorted(record)}: give prompt and completion, messages or text, or say with columns={{'prompt': ...}} what they are called"
+        *others, last = (" and ".join(kind) for kind in kinds)
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        return f"it has {sorted(record)}: give {wanted}, or say with columns={{{kinds[0][0]!r}: ...}} what they are called"
     if kind == ("messages",):
         turns = record["messages"]
         plain = isinstance(turns, list) and all(
@@ -101,6 +107,6 @@ def _fault(record: Record) -> str | None:
         if not any(turn["role"] == "assistant" and turn["content"] for turn in turns):
             return "no message of the assistant says anything, so there is nothing to learn"
         return None
-    if wrong := next((key for key in kind if not isinstance(record[key], str)), None):
-        return f"{wrong} is a text, got {type(record[wrong]).__name__}"
-    return None if record[kind[-1]] else f"its {kind[-1]} is empty, so there is nothing to learn: leave the record out"
+    if wrong := next((key for key in kind if not isinstance(record[key], str | int if key == "label" else str)), None):
+        return f"{wrong} is a {'text or a whole number' if wrong == 'label' else 'text'}, got {type(record[wrong]).__name__}"
+    return f"its {kind[-1]} is empty, so there is nothing to learn: leave the record out" if record[kind[-1]] == "" else None

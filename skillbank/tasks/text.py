@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillbank.bank import Bank
 from skillbank.model import Batch, Batches, Model, Recorded, evaluating, shown
-from skillbank.tasks.records import Record, digest_of, read_records
+from skillbank.tasks.records import KINDS, Record, digest_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept
 
@@ -50,6 +50,9 @@ class TextTask:
 
     """
 
+    kinds = KINDS
+    """What its records may have."""
+
     def __init__(
         self,
         *,
@@ -75,17 +78,17 @@ class TextTask:
         self.tokenizer = tokenizer_of(tokenizer, bank) if isinstance(tokenizer, str) else tokenizer
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        records = read_records(data, columns)
+        records = read_records(data, columns, self.kinds)
         wanted = len(records) - held_out if examples is None else examples
         if not 1 <= wanted <= len(records) - held_out:
             raise ValueError(f"task {name!r}: {self.source} has {len(records)} records, {wanted} are to be trained on beside {held_out} held out")
         self.records, self.held_out = records[:wanted], records[wanted : wanted + held_out]
-        self.test = self.held_out if test is None else read_records(test, columns)
+        self.test = self.held_out if test is None else read_records(test, columns, self.kinds)
         self._examples = self._encoded(self.records)
 
     def __repr__(self) -> str:
         """One line: name, source, number of records."""
-        return f"TextTask({self.name!r}, {self.source!r}, {len(self.records)} records)"
+        return f"{type(self).__name__}({self.name!r}, {self.source!r}, {len(self.records)} records)"
 
     @property
     def dimensions(self) -> dict[str, Any]:
@@ -95,7 +98,7 @@ class TextTask:
     @property
     def data(self) -> dict[str, str]:
         """SHA-256 of what is trained on, by source."""
-        return {self.source: digest_of(self.records)}
+        return {self.source: digest_of(self.records, self.kinds)}
 
     def batches(self, *, batch_size: int, seed: int) -> Batches:
         """Endless training batches: `input_ids` (B, L), `attention_mask` and `labels`; the batch of step i depends on (seed, i) alone.
@@ -165,13 +168,16 @@ class TextTask:
         with evaluating(module):
             for i in range(0, len(records), 64):
                 part = records[i : i + 64]
-                loss += float(module(_on(device, rows_of(self._encoded(part), self.tokenizer)))) * len(part)
+                loss += float(module(on(device, self._rows(self._encoded(part))))) * len(part)
         found = {"loss": loss / len(records), "examples": float(len(records))}
+        return {**self._share(model, records), **found}
+
+    def _share(self, model: Model, records: Sequence[Record]) -> dict[str, float]:
+        """Share of records that a model gets right, by the name of the metric; nothing where there is no right or wrong."""
         if "text" in records[0]:
-            return found
+            return {}
         answers = self.answers(model, records)
-        right = sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, records, strict=True))
-        return {"exact": right / len(records), **found}
+        return {"exact": sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, records, strict=True)) / len(records)}
 
     def by(self, key: str) -> dict[str, TextTask]:
         """Tasks that evaluate the records with the same value of a key, by that value.
@@ -200,8 +206,8 @@ class TextTask:
         batch = prompts([asked(self.tokenizer, record) for record in self.test[:100]], self.tokenizer)
         return Recorded(shown(model, batch), unit="prompt")
 
-    def _encoded(self, records: Sequence[Record]) -> list[Encoded]:
-        found = [encoded(self.tokenizer, record) for record in records]
+    def _encoded(self, records: Sequence[Record]) -> list[Any]:
+        found = [self._encode(record) for record in records]
         over = [i for i, each in enumerate(found) if len(each.ids) > self.length]
         if over:
             size = len(found[over[0]].ids)
@@ -211,8 +217,16 @@ class TextTask:
             )
         return found
 
-    def _batch(self, examples: Sequence[Encoded]) -> Batch:
-        return packed(examples, self.length, self.tokenizer) if self.pack else rows_of(examples, self.tokenizer)
+    def _encode(self, record: Record) -> Any:
+        """An example, with its tokens as `ids`."""
+        return encoded(self.tokenizer, record)
+
+    def _batch(self, examples: Sequence[Any]) -> Batch:
+        return packed(examples, self.length, self.tokenizer) if self.pack else self._rows(examples)
+
+    def _rows(self, examples: Sequence[Any]) -> Batch:
+        """Batch with a row for each example."""
+        return rows_of(examples, self.tokenizer)
 
 
 def answer_of(record: Record) -> str:
@@ -283,7 +297,7 @@ def complete(model: Any, asks: Sequence[str | Sequence[int]], *, tokenizer: Any 
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            said = model.predict(_on(device, prompts([tokens[i] for i in some], tokenizer)), **options)
+            said = model.predict(on(device, prompts([tokens[i] for i in some], tokenizer)), **options)
             for i, text in zip(some, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
                 found[i] = text
     return found
@@ -294,5 +308,6 @@ def _pad(tokenizer: Any) -> int:
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
-def _on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
+def on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
+    """A batch on a device."""
     return {key: value.to(device) for key, value in batch.items()}
