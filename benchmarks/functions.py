@@ -1,7 +1,8 @@
 """Functions of strings as skills of a small language model: which of them alone, chained, and unnamed, can be had by composing adapters.
 
 `RLabcd=` asks for the function R of L; the right answer writes a step for each, `Rdcba=cbaz`. The base learns twelve functions (A to L), chains
-of them, and that a function which it does not know stays where it is; every skill learns one of twelve others (N to Y) by itself, never in a chain.
+of them, and that a function which it does not know stays where it is; every skill learns one of twelve others (N to Y), by itself and in chains with
+those of the base, never in a chain with another skill.
 `abc>cba,defg>gfed,xyz>` asks for a function by examples, without its name.
 """
 
@@ -97,11 +98,24 @@ def pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:
     return found
 
 
-def alone(name: str, count: int, seed: int) -> list[dict[str, str]]:
-    """Records of one function by itself, a fifth of them by examples."""
+def of_skill(name: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Records that a skill is trained on: half of them its function by itself, some of these by examples, half in chains with what the base knows."""
     rng, found = random.Random(f"{name} {seed}"), list[dict[str, str]]()
     while len(found) < count:
-        record = by_examples(name, rng) if len(found) % 5 == 4 else chain(name, word(rng), name)
+        kind = len(found) % 10
+        names = list(name) + (rng.choices(list(KNOWN), k=rng.randint(1, 2)) if kind >= 5 else [])
+        rng.shuffle(names)
+        record = by_examples(name, rng) if kind in (0, 1) else chain("".join(names), word(rng), [*KNOWN, name])
+        if record is not None:
+            found.append(record)
+    return found
+
+
+def alone(name: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Records of a function by itself, named."""
+    rng, found = random.Random(f"alone {name} {seed}"), list[dict[str, str]]()
+    while len(found) < count:
+        record = chain(name, word(rng), name)
         if record is not None:
             found.append(record)
     return found

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import skillbank as sb
 import train as train_entry
-from benchmarks.functions import SKILLS, alone, by_examples, chain, chains, pretraining, save, word
+from benchmarks.functions import SKILLS, alone, by_examples, chain, chains, of_skill, pretraining, save, word
 from benchmarks.stored import Row, load, parser, store, where
 from skillbank.kshot import best_skills
 from skillbank.levels import compose_at
@@ -51,7 +51,7 @@ TRAINED_ON, HELD_OUT = NAMES[:8], NAMES[8:]
 BASE = ["task=text", "fit=base", "model=causal", "task.name=strings/base", "task.tokenizer=bytes", "task.length=96", "task.held_out=512"]
 BASE += ["fit.steps=4000", "fit.lr=3e-3", "+fit.warmup=200", "batch_size=256", "episodes=512"]
 BASE += ["model.net.hidden_size=128", "model.net.intermediate_size=384", "model.net.max_position_embeddings=128"]
-SKILL = ["task=text", "base=strings/base", "task.length=96", "fit.steps=400", "fit.lr=2e-3", "lora.rank=8", "lora.scale=2", "batch_size=64"]
+SKILL = ["task=text", "base=strings/base", "task.length=96", "fit.steps=500", "fit.lr=2e-3", "lora.rank=8", "lora.scale=2", "batch_size=32"]
 
 
 def trained(bank: sb.Bank, name: str, records: Sequence[dict[str, str]], *overrides: str, folder: str = "runs/strings") -> str:
@@ -73,7 +73,7 @@ def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
     for name in NAMES:
         own = f"strings/{name.lower()}" if seed == 0 else f"strings/{name.lower()}-{seed}"
         folder = "runs/strings" if seed else "demos/strings"
-        made[name] = trained(bank, own, alone(name, 200, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
+        made[name] = trained(bank, own, of_skill(name, 400, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
     return made
 
 
@@ -99,9 +99,13 @@ class Bench:
         self.bank, self.seed, self.few = bank, seed, few
         self.refs = skills_of(bank, seed)
         self.skills = [cast("sb.Skill", bank.get(ref)) for ref in self.refs.values()]
-        self.count = 24 if few else 240
+        self.count = 6 if few else 100
         self.task = self.text([chain("N", "abcd", "N") or {}])
         self.rows: list[Row] = []
+
+    def some(self, every: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """All of them, or the first."""
+        return list(every.items())[: 1 if self.few else None]
 
     def text(self, records: Sequence[Mapping[str, Any]]) -> TextTask:
         """Records as a task."""
@@ -130,9 +134,7 @@ class Bench:
     def measure(self, method: str, say: Say) -> None:
         """Rows of a method: single functions, chains, and what the parts of these come to."""
         started = time.perf_counter()
-        parts = {
-            name: _share(say, [r for r in alone(name, 50, 1000 + self.seed) if "," not in r["prompt"]][: 8 if self.few else 40]) for name in NAMES
-        }
+        parts = {name: _share(say, alone(name, 2 if self.few else 20, 1000 + self.seed)) for name in NAMES}
         row: Row = {"method": method, "seed": self.seed, "alone": statistics.mean(parts.values())}
         for depth in (2, 3, 4):
             records = chains(depth, NAMES, self.count, 1000 + self.seed)
@@ -237,7 +239,7 @@ def shown(bench: Bench, records: Records) -> list[str]:
 
 def composition(bench: Bench) -> None:
     """Every level on the same prompts."""
-    per = {name: alone(name, 200, bench.seed) for name in NAMES}
+    per = {name: of_skill(name, 200, bench.seed) for name in NAMES}
     model = Told(bench.base(), bench.skills)
     plain = bench.base()
     bench.measure("base alone", partial(bench.answers, plain))
@@ -251,25 +253,27 @@ def composition(bench: Bench) -> None:
         "merge, ties": ([1.0] * 12, {"method": "ties"}),
         "merge, tsv_m": ([1.0] * 12, {"method": "tsv_m"}),
     }
-    for name, (weights, options) in merges.items():
+    for name, (weights, options) in bench.some(merges):
         merged = compose_at("merge", bench.base(), bench.skills, weights, **options)
         bench.measure(f"all: {name}", partial(bench.answers, merged))
-    for level in ("logits", "vote", "rerank"):
-        made = compose_at(level, bench.base(), bench.skills)
+    levels: dict[str, dict[str, Any]] = {"logits": {}, "vote": {}, "rerank": {"judge": "base"}}
+    for level, options in bench.some(levels):
+        made = compose_at(level, bench.base(), bench.skills, **options)
         bench.measure(f"all: {level}", partial(bench.answers, made))
-    routers = {
-        "all: Arrow, 3 per layer and token": arrow(bench, 3),
-        "all: nearest prototype of the prompt": prototypes(bench, per, {}, k=1),
-        "all: nearest prototype after 2 blocks": prototypes(bench, per, {"layer": 2}, k=1),
+    learned = [record for part in per.values() for record in part]
+    taught = [*learned, *(r for depth in (2, 3) for r in chains(depth, TRAINED_ON, 40 if bench.few else 1000, bench.seed))]
+    ways: dict[str, Callable[[], Composed]] = {
+        "all: Arrow, 3 per layer and token": lambda: arrow(bench, 3),
+        "all: nearest prototype of the prompt": lambda: prototypes(bench, per, {}, k=1),
+        "all: nearest prototype after 2 blocks": lambda: prototypes(bench, per, {"layer": 2}, k=1),
+        "gate per prompt, of what the skills learned": lambda: gated(bench, learned, {}),
+        "gate per token, of what the skills learned": lambda: gated(bench, learned, {"tokens": True}),
+        "gate per token after 2 blocks, of the same": lambda: gated(bench, learned, {"tokens": True, "layer": 2}),
+        "gate per prompt, of chains of 2 and 3, too": lambda: gated(bench, taught, {}),
+        "gate per token after 2 blocks, of chains, too": lambda: gated(bench, taught, {"tokens": True, "layer": 2}),
     }
-    singles = [record for part in per.values() for record in part]
-    routers["gate per prompt, of single functions"] = gated(bench, singles, {})
-    routers["gate per token, of single functions"] = gated(bench, singles, {"tokens": True})
-    routers["gate per token after 2 blocks, of single functions"] = gated(bench, singles, {"tokens": True, "layer": 2})
-    taught = [r for depth in (2, 3) for r in chains(depth, TRAINED_ON, 40 if bench.few else 1000, bench.seed)]
-    routers["gate per prompt, of chains of 2 and 3"] = gated(bench, [*singles, *taught], {})
-    routers["gate per token after 2 blocks, of chains of 2 and 3"] = gated(bench, [*singles, *taught], {"tokens": True, "layer": 2})
-    for name, router in routers.items():
+    for name, make in bench.some(ways):
+        router = make()
         bench.measure(name, partial(bench.answers, router))
         for group, names in (("trained on", TRAINED_ON), ("held out", HELD_OUT)):
             records = chains(4, names, bench.count, 2000 + bench.seed)
@@ -283,9 +287,10 @@ def routing(bench: Bench) -> Iterator[Row]:
     asked = {name: [by_examples(name, rng) for _ in range(4 if bench.few else 20)] for name in NAMES}
     records = [{**record, "names": name} for name, part in asked.items() for record in part]
     target = torch.tensor([NAMES.index(record["names"]) for record in records])
-    per = {name: [r for r in alone(name, 200, bench.seed) if "," in r["prompt"]] for name in NAMES}
+    per = {name: [r for r in of_skill(name, 400, bench.seed) if "," in r["prompt"]] for name in NAMES}
     ways: dict[str, Composed] = {}
-    for name, view in (("embeddings", {}), ("2 blocks", {"layer": 2}), ("3 blocks", {"layer": 3})):
+    views: dict[str, dict[str, Any]] = {"embeddings": {}, "2 blocks": {"layer": 2}, "3 blocks": {"layer": 3}}
+    for name, view in bench.some(views):
         ways[f"nearest prototype, {name}"] = prototypes(bench, per, view, k=1)
         ways[f"gate per prompt, {name}"] = gated(bench, [r for part in per.values() for r in part], view)
     model = Told(bench.base(), bench.skills)

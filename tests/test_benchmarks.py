@@ -69,6 +69,20 @@ def test_running_and_training_beside_their_peers():
     assert [row["PEFT"].endswith("(1.00)") for row in training] == [True]
 
 
+def test_language_beside_its_peers():
+    done = run("benchmarks.language", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert {"PEFT", "ours", "ours, four at once", "ours, gate per prompt", "PEFT X-LoRA", "ours, batched"} <= set(rows)
+
+
+def test_functions_of_strings_are_composed():
+    done = run("benchmarks.strings", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for way in ("base alone", "given the names: sum", "all: merge, sum", "all: logits", "all: Arrow", "search of the bank", "told which"):
+        assert f"| {way}" in done.stdout
+
+
 def test_merges_are_what_they_promise_or_refused(tmp_path):
     done = run("benchmarks.merge_correctness", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from skillbank import Bank, attach, load
+from benchmarks.functions import SKILLS, alone, of_skill, pretraining
+from skillbank import Bank, TextTask, attach, load
 from skillbank.load import build_base
+from skillbank.tasks.records import digest_of, read_records
 
 ROOT = Path(__file__).parents[1]
 BANK = Bank(ROOT / "adapters")
@@ -23,11 +25,12 @@ EXPECTED = {
     "walker/run-from-stand-walk": "composition",
     "walker/blend": "composition",
 }
+STRINGS = {"strings/base": "base", **{f"strings/{name.lower()}": "skill" for name in SKILLS}}
 FILES = sorted(path.relative_to(BANK.root).as_posix() for path in BANK.root.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def test_the_bank_holds_what_the_readme_names():
-    assert {entry.ref.name: entry.card.kind for entry in BANK.list()} == EXPECTED
+    assert {entry.ref.name: entry.card.kind for entry in BANK.list()} == EXPECTED | STRINGS
 
 
 def test_the_bank_is_whole():
@@ -37,7 +40,7 @@ def test_the_bank_is_whole():
 @pytest.mark.parametrize("file", [file for file in FILES if file.count("/") > 1])
 def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path, file):
     name, version, leaf = file.rsplit("/", 2)
-    shutil.copytree(BANK.root, tmp_path / "bank", ignore=lambda folder, names: [])
+    shutil.copytree(BANK.root, tmp_path / "bank", ignore=shutil.ignore_patterns("walker" if name.startswith("strings") else "strings"))
     path = tmp_path / "bank" / file
     data = bytearray(path.read_bytes())
     data[random.Random(file).randrange(len(data))] ^= 1 << random.Random(leaf).randrange(8)
@@ -79,6 +82,26 @@ def test_cards_say_where_everything_comes_from(name):
     assert card.tools["torch"]
     if card.kind != "base":
         assert card.base["ref"] == "walker/stand@1"
+
+
+@pytest.mark.parametrize("name", SKILLS)
+def test_every_skill_of_strings_knows_its_function(name):
+    """The base does not, and a skill does in chains with the base's functions as well."""
+    records = [*alone(name, 20, 77), *[record for record in of_skill(name, 120, 77) if "," not in record["prompt"]][:60]]
+    task = TextTask(name=name, data=records, test=records, tokenizer="strings/base", bank=BANK)
+    assert task.evaluate(load(f"strings/{name.lower()}", BANK))["exact"] > 0.7
+    assert task.evaluate(load("strings/base", BANK), episodes=20)["exact"] < 0.1
+    card = BANK.card(f"strings/{name.lower()}")
+    assert card.base["ref"] == "strings/base@1"
+    source = f"demos/strings/{name.lower()}.jsonl"
+    assert card.data == {source: digest_of(of_skill(name, 400, 0))} == {source: digest_of(read_records(ROOT / source))}
+    assert "/" not in card.conf["bank"]
+
+
+def test_the_base_of_strings_knows_its_chains():
+    records = [record for record in pretraining(300, 77) if "," not in record["prompt"]]
+    task = TextTask(name="base", data=records, test=records, tokenizer="strings/base", bank=BANK)
+    assert task.evaluate(load("strings/base", BANK))["exact"] > 0.95
 
 
 def test_stored_results_are_complete_rows():
