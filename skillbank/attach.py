@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,6 +25,8 @@ ADAPTER = "default"
 MARK = "_skillbank_mark"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+STARTS = ("start_down", "start_up")
+"""Buffers of a layer whose factors do not start at 0: A and B as they were, which it takes off again."""
 
 
 class Adapted(NamedTuple):
@@ -43,34 +45,48 @@ def fresh(
     rank: int = 8,
     scale: float = 16.0,
     targets: str | Sequence[str] | None = None,
+    init: str | None = None,
 ) -> list[nn.Parameter]:
     """Put a new, trainable skill on `net`; until it is trained the net computes exactly what its base does.
 
-    A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. What was on the net before is taken off.
+    A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. What was on the net before is taken off. With `init`, A and B
+    start in the weight itself, and the pass computes `W x + scale * (B A - B0 A0) x`, equal to the base up to rounding: the trained parameters and
+    their gradients are those of PEFT, which takes `scale * B0 A0` off the weight, but the base stays as it is. `read` then gives both, as rank 2 R.
 
     Args:
         net: the frozen base's net, changed in place.
         rank: rank R of every module, >= 1.
-        scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank. `read` folds it in.
+        scale: multiplier of B A while training, the paper's alpha (arXiv 2502.05932); PEFT's `lora_alpha` is scale * rank, with `use_rslora`
+            scale * sqrt(rank) (arXiv 2312.03732). `read` folds it in.
         targets: which modules: None for all linear layers, of a net of transformers those of its body, without its head (a language model's last
             layer, a classifier's layers behind the body) and without a pooler before it; a regular expression that matches whole module paths, or
             a list of paths or of their last parts.
+        init: None, or of linear layers, PEFT's `pissa`, the largest R singular values of the weight (arXiv 2404.02948, where scale is 1),
+            `pissa_niter_<N>`, the same by N power iterations, or `olora`, R columns of its QR (arXiv 2406.01775).
 
     Returns:
         The trainable parameters, A and B of every module.
 
     Raises:
-        ValueError: no module matches, or a module's layer cannot carry B @ A.
+        ValueError: no module matches, a module's layer cannot carry B @ A, an unknown init, or a layer that is too small or not linear for it.
 
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if init is not None and (not re.fullmatch(r"pissa(_niter_\d+)?|olora", init) or scale <= 0):
+        raise ValueError(f"init is pissa, pissa_niter_<N> or olora, with a scale above 0, or None for a random A; got {init!r} with scale={scale}")
     detach(net)
     names = _targets(net, targets)
+    if init is not None:
+        for name in names:
+            _check_start(name, net.get_submodule(name), rank, init)
     _inject(net, dict.fromkeys(names, rank), scale)
     for layer in _layers(net).values():
         a, b = _factor(layer)
         with torch.no_grad():
+            if init is not None:
+                _start(layer, init)
+                continue
             a.normal_(std=1 / math.sqrt(a[0].numel()))
             b.zero_()
     return [tensor for layer in _layers(net).values() for tensor in _factor(layer)]
@@ -128,6 +144,8 @@ def matrix(layer: nn.Module) -> Tensor | None:
 def read(net: nn.Module) -> Skill:
     """Skill that is on `net` (ours, or the one adapter that PEFT put there), its scale folded into A; a detached copy.
 
+    Factors that did not start at 0 (`init` of `fresh`) are read with what they started from taken off, as [A; A0] and [B, -B0].
+
     Raises:
         ValueError: no skill, several adapters, or a variant that B @ A cannot represent (DoRA, a LoRA bias), named by module.
 
@@ -138,7 +156,9 @@ def read(net: nn.Module) -> Skill:
     factors: dict[str, Factor] = {}
     for name, layer in layers.items():
         _check_variant(name, layer)
-        a, b = _factor(layer)
+        a, b = cast("Factor", _factor(layer))
+        if hasattr(layer, STARTS[0]):
+            a, b = torch.cat([a, layer.start_down]), torch.cat([b, -layer.start_up], 1)
         scale = layer.scaling[_adapter(layer)]
         folded = a.detach().clone() if scale == 1 else a.detach() * scale
         factors[name] = (folded, b.detach().clone().flatten(1))
@@ -191,7 +211,10 @@ def channel_layers(net: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 
 def adapted_layers(net: nn.Module) -> dict[str, Adapted | None]:
-    """Every layer with a skill on it by module; None for one that computes more than `Adapted` says, such as an embedding or dropout before A."""
+    """Every layer with a skill on it by module; None for one that computes more than `Adapted` says, such as an embedding or dropout before A.
+
+    What factors started from is taken off behind the layer, whatever computes it.
+    """
     found: dict[str, Adapted | None] = {}
     for name, layer in _layers(net).items():
         own = _adapter(layer)
@@ -236,6 +259,49 @@ def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
         inject_adapter_in_model(config, net, ADAPTER)
     net.train(training)
     net.__dict__[MARK] = object()
+
+
+def _check_start(name: str, layer: nn.Module, rank: int, init: str) -> None:
+    weight = weight_of(layer)
+    if not is_linear(layer) or not weight.is_floating_point():
+        kind = type(layer).__name__ if not is_linear(layer) else f"{type(layer).__name__} of {weight.dtype}"
+        raise ValueError(f"init={init!r} is for linear layers of floating point, module {name!r} is {kind}: leave it out of the targets")
+    if rank > min(weight.shape):
+        raise ValueError(f"init={init!r} finds {min(weight.shape)} directions in module {name!r}, not rank={rank}: lower it, or leave the module out")
+
+
+def _start(layer: LoraLayer, init: str) -> None:
+    """Let the factors of a linear layer start in its weight, and take off behind it what they add by that."""
+    base, live = layer.get_base_layer(), _factor(layer)
+    weight = weight_of(base).mT if is_transposed(base) else weight_of(base)
+    for name, parameter, found in zip(STARTS, live, _directions(weight, len(live[0]), init, layer.scaling[ADAPTER]), strict=True):
+        parameter.copy_(found)
+        layer.register_buffer(name, parameter.detach().clone(), persistent=False)
+    layer.register_forward_hook(_without_start)
+
+
+def _directions(weight: Tensor, rank: int, init: str, scale: float) -> Factor:
+    """A0 (R, I) and B0 (O, R) of a weight (O, I)."""
+    whole = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if init == "olora":
+        q, r = torch.linalg.qr(whole)
+        return r[:rank], q[:, :rank]
+    if init == "pissa":
+        u, values, vh = torch.linalg.svd(whole, full_matrices=False)
+    else:
+        with torch.random.fork_rng([whole.device] if whole.is_cuda else []):
+            torch.manual_seed(0)  # a run that is resumed has to start in the same factors
+            u, values, v = torch.svd_lowrank(whole, rank, niter=int(init.removeprefix("pissa_niter_")))
+        vh = v.mT
+    root = (values[:rank] / scale).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def _without_start(layer: LoraLayer, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Output of a layer minus `scale * B0 A0 x`."""
+    down, up = layer.start_down, layer.start_up
+    start = nn.functional.linear(nn.functional.linear(inputs[0].to(down.dtype), down), up)
+    return output - (start * layer.scaling[ADAPTER]).to(output.dtype)
 
 
 def _layers(net: nn.Module) -> dict[str, LoraLayer]:

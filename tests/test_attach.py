@@ -1,14 +1,16 @@
 import copy
 import sys
+from itertools import count
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from skillbank import Folding, Skill, attach, detach, fold, fresh, read, stack
+from skillbank import Folding, Skill, attach, detach, fit, fold, fresh, read, stack, write_adapter
 from skillbank.attach import base_weights
+from skillbank.runtime.fused import fuse
 from tests.tiny import close, net_inputs, random_skill, tiny_policy
 
 
@@ -293,3 +295,113 @@ def test_a_folding_that_is_stopped_is_taken_out(monkeypatch):
         folding.set(random_skill(net, rank=2))
     assert len(calls) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+INITS = ["pissa", "pissa_niter_8", "olora"]
+
+
+def small(kind):
+    """A net whose base has a singular value apart from the others, so that power iterations find the largest."""
+    torch.manual_seed(3)
+    if kind == "gpt2":
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=20, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
+        return GPT2LMHeadModel(config).eval().requires_grad_(False)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).requires_grad_(False)
+
+
+def inputs(kind):
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(50, (3, 6), generator=generator) if kind == "gpt2" else torch.randn(8, 6, generator=generator)
+
+
+def said(net, kind):
+    return net(inputs(kind)).logits if kind == "gpt2" else net(inputs(kind))
+
+
+def steps_of(net, params, kind, count=5):
+    optimizer = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        said(net, kind).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", ["linear", "gpt2"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_factors_that_start_in_the_weights_leave_the_base_as_it_is(kind, init, fused):
+    net = small(kind)
+    before, plain = {name: tensor.clone() for name, tensor in net.state_dict().items()}, said(net, kind)
+    params = fresh(net, rank=2, scale=2.0, init=init)
+    again = fresh(copy.deepcopy(net), rank=2, scale=2.0, init=init)
+    assert all(torch.equal(one, other) for one, other in zip(params, again, strict=True))
+    if fused:
+        assert fuse(net) == {}
+    close(said(net, kind), plain)
+    assert max(float((read(net).delta(name)).abs().max()) for name in read(net)) < 1e-6
+    steps_of(net, params, kind)
+    trained, skill = said(net, kind), read(net)
+    assert not torch.allclose(trained, plain, rtol=1e-3, atol=1e-3)
+    close(said(copy.deepcopy(net), kind), trained)
+    assert set(skill.ranks.values()) == {4}
+    names = list(skill)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base_weights(net, names).items())
+    detach(net)
+    assert list(net.state_dict()) == list(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert torch.equal(said(net, kind), plain)
+    attach(net, skill)
+    close(said(net, kind), trained)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:fan_in_fan_out")  # of transformers about itself, of PEFT about Conv1D
+@pytest.mark.parametrize(("kind", "init"), [("linear", "pissa"), ("linear", "olora"), ("linear", "pissa_niter_8"), ("gpt2", "pissa")])
+def test_factors_that_start_in_the_weights_train_as_those_of_peft(tmp_path, kind, init):
+    net, rank, scale = small(kind), 2, 3.0
+    targets = ["0", "2"] if kind == "linear" else ["c_attn", "c_proj", "c_fc"]
+    config = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=targets, init_lora_weights=init)
+    oracle = get_peft_model(small(kind), config)
+    steps_of(oracle, [p for p in oracle.parameters() if p.requires_grad], kind)
+    params = fresh(net, rank=rank, scale=scale, targets=targets, init=init)
+    assert params[0].shape[0] == rank
+    steps_of(net, params, kind)
+    close(said(net, kind), said(oracle, kind), 1e-3 if "niter" in init else 1e-4)
+    write_adapter(read(net), tmp_path)
+    close(said(PeftModel.from_pretrained(small(kind), tmp_path), kind), said(net, kind), 1e-4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_killed_run_from_the_weights_resumes_to_the_last_bit(tmp_path, init):
+    def run(folder, last=None):
+        policy = tiny_policy(dropout=0.1)
+
+        def batches(start):
+            for step in count(start):
+                if step == last:
+                    raise KeyboardInterrupt
+                generator = torch.Generator().manual_seed(step)
+                yield {"observation": torch.randn(8, 5, generator=generator), "action": torch.rand(8, 1, 3, generator=generator) * 2 - 1}
+
+        params = fresh(policy.net, rank=2, scale=1.0, init=init)
+        return policy, fit(policy, batches, params, steps=8, lr=1e-2, checkpoint_every=3, log_every=1, folder=folder, progress=False)
+
+    policy, whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", last=5)
+    torch.manual_seed(1)  # whatever has been drawn since
+    again, resumed = run(tmp_path / "killed")
+    assert resumed.rows == whole.rows
+    assert read(again.net).fingerprint == read(policy.net).fingerprint
+
+
+def test_starts_that_there_are_not(zoo):
+    names = list(zoo.state_dict())
+    for options, message in [
+        ({"init": "gaussian"}, "init is pissa, pissa_niter_<N> or olora, with a scale above 0, or None for a random A; got 'gaussian' with scale=16"),
+        ({"init": "pissa", "scale": 0.0}, "got 'pissa' with scale=0.0"),
+        ({"init": "pissa", "targets": TARGETS}, "init='pissa' is for linear layers of floating point, module 'words' is Embedding: leave it out"),
+        ({"init": "olora", "rank": 6}, "init='olora' finds 5 directions in module 'linear.inner.0', not rank=6: lower it, or leave the module out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fresh(zoo, **options)
+        assert list(zoo.state_dict()) == names

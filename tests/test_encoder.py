@@ -1,6 +1,7 @@
 """Classifiers: what they compute, what skills of them adapt, records with labels, and the two commands on them."""
 
 import json
+import runpy
 
 import peft
 import pytest
@@ -16,7 +17,8 @@ from skillbank.models.encoder import Classifier
 from skillbank.tasks.labels import LabelTask, classes_of
 from skillbank.tasks.tokens import tokenizer_of
 from skillbank.tokenizer import kept, restored
-from tests.commands import Commands
+from tests.commands import ROOT
+from tests.test_configs import composed
 from tests.tiny import close
 
 NETS = {
@@ -174,39 +176,41 @@ def test_an_encoder_without_a_head_gets_one(tmp_path):
 
 
 def test_the_commands_train_and_compose(tmp_path, monkeypatch):
-    """A base on three letters, a skill whose classes are another order of the same, and a gate over it and one more skill."""
+    """A base on three letters, two skills that say others in their place, and a gate over them."""
+    monkeypatch.chdir(tmp_path)
     for name, shift in (("one", 0), ("two", 1), ("three", 2)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(80, shift)))
     common = ["task=labels", "bank=bank", "task.held_out=20", "task.length=32", "batch_size=16", "fit.precision=no", "+fit.device=cpu", "episodes=20"]
     small = [f"model.net.{key}={value}" for key, value in {**NETS["bert"], "max_position_embeddings": 40}.items()]
-    small += ["+model.net.initializer_range=0.3", "+fit.ema=null"]
-    command = Commands()
-    try:
-        base = [*common, "model=classifier", "fit=base", "task.tokenizer=bytes", *small, "fit.steps=60", "fit.lr=1e-2"]
-        code, out, err = command(tmp_path, "train", *base, "task.name=letters", "task.data=one.jsonl")
-        assert (code, out.split()[:3]) == (0, ["letters@1", "step", "60"]), err
-        assert "accuracy 1 " in out
-        for name in ("two", "three"):
-            skill = [*common, "base=letters", f"task.name={name}", f"task.data={name}.jsonl", "lora.rank=4", "lora.scale=2", "fit.steps=150"]
-            code, out, err = command(tmp_path, "train", *skill, "fit.lr=1e-2", "+fit.ema=null")
-            assert code == 0, err
-            assert f"{name}@1" in out
-        gate = [*common, "skills=[two,three]", "gate=mlp", "gate.hidden=[8]", "task.name=three", "task.data=three.jsonl", "fit.steps=5"]
-        code, out, err = command(tmp_path, "compose", *gate, "name=both", "report=false")
-        assert code == 0, err
-    finally:
-        command.close()
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in out.splitlines() if line.startswith("|")]
-    accuracy = {row[0]: float(row[rows[0].index("accuracy")]) for row in rows[2:]}
-    assert min(accuracy["three@1, untouched"], accuracy["both@1"]) >= 0.85
-    assert max(accuracy["base, untouched"], accuracy["two@1, untouched"]) < 0.5  # base and other skills say other letters
-    bank = sb.Bank(tmp_path / "bank")
+    base = [
+        *common,
+        "model=classifier",
+        "fit=base",
+        "task.tokenizer=bytes",
+        *small,
+        "+model.net.initializer_range=0.3",
+        "fit.steps=60",
+        "fit.lr=1e-2",
+    ]
+    train = runpy.run_path(str(ROOT / "train.py"))["train"]
+    assert train(composed("train", *base, "+fit.ema=null", "task.name=letters", "task.data=one.jsonl")) == "letters@1"
+    for name, start in {"two": "lora.init=null", "three": "lora.init=pissa"}.items():
+        skill = [*common, "base=letters", f"task.name={name}", f"task.data={name}.jsonl", "lora.rank=4", "lora.scale=2", start, "fit.steps=150"]
+        assert train(composed("train", *skill, "fit.lr=1e-2", "+fit.ema=null")) == f"{name}@1"
+    gate = [*common, "skills=[two,three]", "gate=mlp", "gate.hidden=[8]", "task.name=three", "task.data=three.jsonl", "fit.steps=5"]
+    compose = runpy.run_path(str(ROOT / "compose.py"))["compose"]
+    assert compose(composed("compose", *gate, "name=both", "report=false")) == "both@1"
+    bank, made = sb.Bank(tmp_path / "bank"), task(records(80, 2), held_out=20)
+    accuracy = {name: made.evaluate(sb.load(name, bank))["accuracy"] for name in ("letters", "two", "three", "both")}
+    assert [bank.card(name).metrics["accuracy"] for name in ("letters", "three", "both")] == [1.0, accuracy["three"], accuracy["both"]]
+    assert min(accuracy["three"], accuracy["both"]) >= 0.85
+    assert max(accuracy["letters"], accuracy["two"]) < 0.5  # base and other skill say other letters
     assert classes_of("both", bank) == sb.load("both", bank).model.classes == list(LETTERS)
     assert bank.verify() == []
+    assert [set(bank.get(name).ranks.values()) for name in ("two", "three")] == [{4}, {8}]
     assert sb.load("two", bank).tokenizer("ab").input_ids == tokenizer_of("bytes")("ab").input_ids
     made = task(records(80, 1), classes="two", tokenizer="two", bank=bank, held_out=20)
     assert made.evaluate(sb.load("two", bank))["accuracy"] >= 0.85
-    monkeypatch.chdir(tmp_path)
     (row,) = [row for row in evaluate(["two"], bank, by="place") if row["place"] == "all"]
     assert (row["accuracy"] >= 0.85, row["examples"]) == (True, 20.0)
     sb.export("two", tmp_path / "merged", bank, merged=True)
