@@ -254,7 +254,7 @@ class Composed(Mixed):
         if isinstance(weights, Mapping):
             self(batch)
             each = cast("Mapping[str, Tensor]", self.mixture.cell.weights).values()
-            weights = torch.stack([module.flatten(1, -2).mean(1) for module in each]).mean(0)
+            weights = torch.stack([module.view(len(module), -1, self.mixture.count).mean(1) for module in each]).mean(0)
         weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
         return (weights if weights.dim() == 2 else weights.mean(1)).float().cpu().numpy()
 

@@ -112,7 +112,7 @@ def test_every_gate(name):
     gate = OmegaConf.to_container(composed("compose", f"gate={name}", "skills=[a,b]").gate)
     policy = tiny_policy()
     model = sb.Composed(policy, build({**gate, "context_dim": 5, "skills": 2}), [random_skill(policy.net, seed=seed) for seed in (1, 2)])
-    assert model.weights(tiny_batch()).shape == (6, 2)
+    assert model.shown(tiny_batch()).shape == (6, 2)
 
 
 @pytest.mark.parametrize("name", choices("merge"))
