@@ -450,7 +450,7 @@ def test_what_cannot_be_composed():
     unknown = {
         "unknown level 'logit': did you mean 'logits'": ("logit", plain, skills),
         "level 'logits' takes no 'scale': it has no options": ("logits", plain, skills, None, {"scale": 2}),
-        "level 'rerank' takes no 'judg': did you mean 'judge'": ("rerank", plain, skills, None, {"juge": "base"}),
+        "level 'rerank' takes no 'judg': did you mean 'judge'": ("rerank", plain, skills, None, {"judg": "base"}),
         "level 'emulated' needs large: give large=": ("emulated", plain, skills),
         "level 'vote' got no skills: give at least one": ("vote", plain, []),
         "level 'logits' got 3 weights for 2 skills": ("logits", plain, skills, [1, 2, 3]),
