@@ -2,7 +2,7 @@
 
 `RLabcd=` asks for the function R of L; the right answer writes a step for each, `Rdcba=cbaz`. The base learns twelve functions (A to L), chains
 of them, and that a function which it does not know stays where it is; every skill learns one of twelve others (N to Y), by itself and in chains with
-those of the base, never in a chain with another skill.
+those of the base, and still does not know the other eleven: no two skills are ever carried out together.
 `abc>cba,defg>gfed,xyz>` asks for a function by examples, without its name.
 """
 
@@ -99,13 +99,14 @@ def pretraining(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def of_skill(name: str, count: int, seed: int) -> list[dict[str, str]]:
-    """Records that a skill is trained on: half of them its function by itself, some of these by examples, half in chains with what the base knows."""
+    """Records that a skill is trained on: its function by itself, by examples, in chains with what the base knows, and behind what nobody knows."""
     rng, found = random.Random(f"{name} {seed}"), list[dict[str, str]]()
     while len(found) < count:
         kind = len(found) % 10
         names = list(name) + (rng.choices(list(KNOWN), k=rng.randint(1, 2)) if kind >= 5 else [])
         rng.shuffle(names)
-        record = by_examples(name, rng) if kind in (0, 1) else chain("".join(names), word(rng), [*KNOWN, name])
+        others = rng.choices([each for each in SKILLS if each != name], k=rng.randint(0, 2) if kind >= 3 else 0)
+        record = by_examples(name, rng) if kind in (0, 1) else chain("".join([*others, *names]), word(rng), [*KNOWN, name])
         if record is not None:
             found.append(record)
     return found

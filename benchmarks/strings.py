@@ -73,7 +73,7 @@ def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
     for name in NAMES:
         own = f"strings/{name.lower()}" if seed == 0 else f"strings/{name.lower()}-{seed}"
         folder = "runs/strings" if seed else "demos/strings"
-        made[name] = trained(bank, own, of_skill(name, 400, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
+        made[name] = trained(bank, own, of_skill(name, 600, seed), *SKILL, f"seed={seed}", "episodes=0", folder=folder)
     return made
 
 
@@ -265,12 +265,12 @@ def composition(bench: Bench) -> None:
     ways: dict[str, Callable[[], Composed]] = {
         "all: Arrow, 3 per layer and token": lambda: arrow(bench, 3),
         "all: nearest prototype of the prompt": lambda: prototypes(bench, per, {}, k=1),
-        "all: nearest prototype after 2 blocks": lambda: prototypes(bench, per, {"layer": 2}, k=1),
         "gate per prompt, of what the skills learned": lambda: gated(bench, learned, {}),
         "gate per token, of what the skills learned": lambda: gated(bench, learned, {"tokens": True}),
-        "gate per token after 2 blocks, of the same": lambda: gated(bench, learned, {"tokens": True, "layer": 2}),
+        "gate per token after a block, of the same": lambda: gated(bench, learned, {"tokens": True, "layer": 1}),
         "gate per prompt, of chains of 2 and 3, too": lambda: gated(bench, taught, {}),
-        "gate per token after 2 blocks, of chains, too": lambda: gated(bench, taught, {"tokens": True, "layer": 2}),
+        "gate per token, of chains of 2 and 3, too": lambda: gated(bench, taught, {"tokens": True}),
+        "gate per token after a block, of chains, too": lambda: gated(bench, taught, {"tokens": True, "layer": 1}),
     }
     for name, make in bench.some(ways):
         router = make()

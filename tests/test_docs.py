@@ -1,15 +1,20 @@
 """The examples of the pages in docs/ run, in their order."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
 
+import skillbank
 from skillbank import cli
 from skillbank.merge import METHODS, described
 from skillbank.report import markdown
@@ -57,3 +62,25 @@ def test_pages_show_what_is_stored(page, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--from-results"])
     import_module(f"benchmarks.{name}").main()
     assert capsys.readouterr().out.strip() in (ROOT / f"docs/{page}.md").read_text()
+
+
+def test_the_language_section_of_the_readme(tmp_path):
+    """Its answers are given, and its commands, all of them, run in their order."""
+    section = re.search(r"^## Language\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL).group(1)
+    python, commands = (code for _, code in BLOCK.findall(section))
+    shutil.copytree(ROOT / "adapters/strings", tmp_path / "adapters/strings")
+    (tmp_path / "demos").symlink_to(ROOT / "demos")
+    names = {"sb": SimpleNamespace(load=partial(skillbank.load, bank=tmp_path / "adapters"), complete=skillbank.complete)}
+    for line in python.splitlines():
+        code, _, comment = line.partition("# ")
+        if comment.startswith("["):
+            assert str(eval(code, names)) == comment.partition(":")[0]
+        else:
+            exec(code, names)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    lines = [line.partition(" #")[0].replace("python ", f"python {ROOT}/") for line in commands.splitlines()]
+    done = subprocess.run(["bash", "-e", "-c", "\n".join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(re.findall(r"^\| (\S+)@1 +\| few +\| (\S+)", done.stdout, re.MULTILINE))
+    assert float(found["strings/base"]) < 0.1 < 0.7 < min(float(found["strings/r"]), float(found["mine"]))
+    assert (tmp_path / "out/config.json").exists()

@@ -94,7 +94,7 @@ def test_every_skill_of_strings_knows_its_function(name):
     card = BANK.card(f"strings/{name.lower()}")
     assert card.base["ref"] == "strings/base@1"
     source = f"demos/strings/{name.lower()}.jsonl"
-    assert card.data == {source: digest_of(of_skill(name, 400, 0))} == {source: digest_of(read_records(ROOT / source))}
+    assert card.data == {source: digest_of(of_skill(name, 600, 0))} == {source: digest_of(read_records(ROOT / source))}
     assert "/" not in card.conf["bank"]
 
 

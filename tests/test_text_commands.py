@@ -1,0 +1,71 @@
+"""train.py and compose.py on text, from a base that starts anew to gates of every kind, and all of it made again."""
+
+import json
+import re
+
+import pytest
+
+import skillbank as sb
+from compose import compose
+from tests.test_configs import composed
+from train import train
+
+TINY = ["model.net.hidden_size=16", "model.net.intermediate_size=24", "model.net.num_hidden_layers=2", "model.net.num_attention_heads=2"]
+FEW = ["task=text", "fit.steps=20", "batch_size=8", "task.held_out=4", "task.length=32", "episodes=4", "bank=bank"]
+ANSWERS = {"reverse": lambda word: word[::-1], "double": lambda word: word + word}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, answer in ANSWERS.items():
+            words = ["".join(letters) for letters in zip("abcdefghij" * 4, "klmnopqrst" * 4, "aabbccddee" * 4, strict=True)][:24]
+            records = [{"prompt": f"{name} {word}:", "completion": answer(word)} for word in words]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        base = ["task.name=base", "task.data=reverse.jsonl", "task.tokenizer=bytes", "fit=base", "model=causal"]
+        assert train(composed("train", *FEW, *base, *TINY)) == "base@1"
+        for name in ANSWERS:
+            skill = [f"task.name={name}", f"task.data={name}.jsonl", "base=base", "lora.rank=2"]
+            assert train(composed("train", *FEW, *skill)) == f"{name}@1"
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("gate", "kind", "options"),
+    [
+        ("mlp", "MLPGate", ["gate.hidden=[8]"]),
+        ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={tokens:true}"]),
+        ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={layer:1}"]),
+        ("prototypes", "Prototypes", ["gate.k=1"]),
+        ("arrow", "Arrow", ["gate.k=1"]),
+        ("constant", "ConstantGate", []),
+    ],
+)
+def test_every_gate_is_made_reported_kept_and_made_again(home, monkeypatch, capsys, gate, kind, options):
+    monkeypatch.chdir(home)
+    name = re.sub(r"\W+", "-", f"{gate} {' '.join(options)}").strip("-")
+    skills = ["task.name=both", "task.data=double.jsonl", "skills=[reverse,double]", f"name={name}"]
+    ref = compose(composed("compose", *FEW, *skills, f"gate={gate}", *options))
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:]
+    assert rows == ["base, untouched", "reverse@1, untouched", "double@1, untouched", ref]
+    report = next(line.removeprefix("report: ") for line in out.splitlines() if line.startswith("report: "))
+    assert "double@1" in (home / report).read_text()
+    bank = sb.Bank("bank")
+    composition, card = bank.get(ref), bank.card(ref)
+    assert composition.gate["_target_"].endswith(kind)
+    assert set(card.data) == ({"reverse.jsonl", "double.jsonl"} if gate == "prototypes" else {"double.jsonl"})
+    assert sb.rebuild(ref, bank).equal
+    loaded = sb.load(ref, bank)
+    assert len(sb.complete(loaded, ["double ab:", "reverse abc:"], max_new_tokens=3)) == 2
+
+
+def test_bases_and_skills_are_made_again(home, monkeypatch):
+    monkeypatch.chdir(home)
+    bank = sb.Bank("bank")
+    for ref in ("base", "reverse"):
+        assert sb.rebuild(ref, bank).equal
+    assert bank.card("reverse").conf["task"]["tokenizer"] == "base"
+    assert bank.verify() == []
