@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from skillbank.model import Task
 from skillbank.recipe import task_of
 from skillbank.tasks.text import TextTask
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "harness"]
 
 
 def evaluate(
@@ -60,6 +61,59 @@ def evaluate(
         for group, part in groups.items():
             named = {} if by is None else {by: group or "all"}
             rows.append({"ref": exact, "task": judge.name, **named, **part.evaluate(model, episodes=episodes)})
+    return rows
+
+
+def harness(
+    refs: Sequence[str | Ref],
+    bank: Bank,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include: str | Path | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Evaluate language models of a bank with the lm-evaluation-harness, through its interface to transformers; under their gate, if they have one.
+
+    Args:
+        refs: bases, skills, compositions.
+        bank: where they are.
+        tasks: names that the harness knows.
+        limit: take the first this many documents of a task.
+        include: folder of further tasks, as the harness describes them.
+        batch_size: requests at once; one at a time under a gate.
+        device: where they run.
+
+    Returns:
+        Rows `{"ref", "task", metric: value, ...}`.
+
+    Raises:
+        ImportError: the harness is not installed.
+        UnknownRef: no such version.
+        ValueError: a version that is no language model, or has no tokenizer.
+
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ImportError("the lm-evaluation-harness is not installed: pip install 'skillbank[harness]'") from None
+    manager, rows = TaskManager(include_path=None if include is None else str(include)), []
+    for ref in refs:
+        exact = str(bank.resolve(ref))
+        model: Any = load(exact, bank, device)
+        inner = getattr(model, "model", model)
+        if (tokenizer := getattr(inner, "tokenizer", None)) is None:
+            raise ValueError(f"{exact!r} is a {type(inner).__name__} without a tokenizer: the harness evaluates language models")
+        gated = hasattr(model, "live")  # the harness fills rows up without a mask, and a gate would look at that
+        lm = HFLM(pretrained=inner.net, tokenizer=tokenizer, batch_size=1 if gated else batch_size, device=device)
+        with model.live() if gated else nullcontext():
+            found = simple_evaluate(lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
+        for task, metrics in found["results"].items():
+            numbers = {key.partition(",")[0]: value for key, value in metrics.items() if isinstance(value, float) and "stderr" not in key}
+            rows.append({"ref": exact, "task": task, **numbers})
     return rows
 
 

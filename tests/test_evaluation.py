@@ -1,6 +1,7 @@
 """`skillbank eval`: on a version's own task, on another's, on examples and their kinds."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 import skillbank as sb
 from skillbank.cli import main
 from skillbank.evaluation import evaluate
+from skillbank.tasks.records import read_records
 from skillbank.tasks.text import TextTask
+from skillbank.tasks.tokens import encoded
 from tests.test_text import NETS, RECORDS, task
 
 
@@ -71,3 +74,48 @@ def test_bad_input(home, tmp_path):
         evaluate(["short"], bank, examples="nowhere.jsonl")
     with pytest.raises(ValueError, match=r"task 'walker/walk' has no records to group by 'kind': leave by out"):
         evaluate(["walker/walk"], sb.Bank("adapters"), by="kind", episodes=1)
+
+
+HARNESS = """
+task: reverse
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{completion}}"
+target_delimiter: ""
+output_type: OUTPUT
+MORE
+metric_list: [{metric: METRIC}]
+"""
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_harness_runs_what_the_bank_has(home, tmp_path, gated):
+    """Its log likelihoods and answers are ours, also under a gate."""
+    pytest.importorskip("lm_eval")
+    from skillbank.evaluation import harness
+
+    bank, ref = sb.Bank(home / "bank"), "short"
+    if gated:
+        gate = sb.MLPGate(16, 1, hidden=(4,))
+        torch.nn.init.normal_(gate.head.weight)
+        conf = {"_target_": "skillbank.gate.MLPGate", "context_dim": 16, "skills": 1, "hidden": [4]}
+        ref = bank.put(sb.Composition("base", ["short"], gate=conf, tensors=gate.state_dict()), "gated")
+    for name, output, metric in (("said", "generate_until", "exact_match"), ("likely", "loglikelihood", "perplexity")):
+        task_file = HARNESS.replace("DATA", str(home / "records.jsonl")).replace("OUTPUT", output).replace("METRIC", metric)
+        task_file = task_file.replace("MORE", 'generation_kwargs: {until: ["</s>"], max_gen_toks: 8}' if name == "said" else "")
+        (tmp_path / f"{name}.yaml").write_text(task_file.replace("task: reverse", f"task: {name}"))
+    rows = {row["task"]: row for row in harness([ref], bank, ["said", "likely"], include=tmp_path, batch_size=2)}
+    (ours,) = evaluate([ref], bank, examples=home / "records.jsonl")
+    assert rows["said"]["exact_match"] == ours["exact"]
+    model = sb.load(str(ref), bank)
+    logs = []
+    for record in read_records(home / "records.jsonl"):
+        ids = torch.tensor([encoded(task().tokenizer, record).ids[:-1]])
+        batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < len(record["prompt"]), -100)}
+        with torch.no_grad():
+            if gated:  # the harness shows the model prompt and answer but for its last token, so that is what the gate sees
+                model.mixture.cell.mix(model.weights({"input_ids": ids[:, :-1]}))
+            logs.append(-float(getattr(model, "model", model).losses(batch)) * len(record["completion"]))
+    assert rows["likely"]["perplexity"] == pytest.approx(math.exp(-sum(logs) / len(logs)), rel=1e-4)

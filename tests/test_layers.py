@@ -63,6 +63,7 @@ HOMES = {
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "minari": {"tasks.demonstrations"},
+    "lm_eval": {"evaluation"},
     "mujoco": set(),
     "omegaconf": set(),
     "peft": {"attach"},

@@ -204,14 +204,20 @@ def eval_(
     examples: Annotated[str | None, typer.Option(help="Records to evaluate on instead: .jsonl, .json or .parquet.")] = None,
     by: Annotated[str | None, typer.Option(help="A key of the records: a row for each of its values, too.")] = None,
     episodes: Annotated[int | None, typer.Option(help="Episodes, or records, of an evaluation.")] = None,
+    harness: Annotated[str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, such as arc_easy,piqa.")] = None,
+    include: Annotated[str | None, typer.Option(help="Folder of further tasks of the harness.")] = None,
     device: Annotated[str, typer.Option(help="Where they run.")] = "cpu",
     json: JsonOption = False,
 ) -> None:
-    """Evaluate versions on a task, or on examples."""
-    from skillbank.evaluation import evaluate
+    """Evaluate versions on a task, on examples, or with the lm-evaluation-harness."""
+    from skillbank import evaluation
     from skillbank.report import markdown
 
-    rows = evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
+    if harness is not None:
+        rows = evaluation.harness(refs, Bank(bank), harness.split(","), limit=episodes, include=include, device=device)
+        answer(json, rows, markdown(rows))
+        return
+    rows = evaluation.evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
     answer(json, rows, markdown(rows))
 
 
