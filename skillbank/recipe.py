@@ -135,7 +135,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
-        network.standardise(torch.cat([model.context(batch) for batch in islice(batches(0), 40)]))
+        network.standardise(torch.cat([model.context(batch).flatten(0, -2) for batch in islice(batches(0), 40)]))
     mixture = Mixture(model.net, skills)
     fuse(model.net, mixture)
     composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))

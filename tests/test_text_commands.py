@@ -21,7 +21,9 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, answer in ANSWERS.items():
-            words = ["".join(letters) for letters in zip("abcdefghij" * 4, "klmnopqrst" * 4, "aabbccddee" * 4, strict=True)][:24]
+            words = [
+                "".join(letters) * (1 + i % 2) for i, letters in enumerate(zip("abcdefghij" * 4, "klmnopqrst" * 4, "aabbccddee" * 4, strict=True))
+            ][:24]
             records = [{"prompt": f"{name} {word}:", "completion": answer(word)} for word in words]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         base = ["task.name=base", "task.data=reverse.jsonl", "task.tokenizer=bytes", "fit=base", "model=causal"]
