@@ -1,6 +1,6 @@
 """Functions of strings as skills of a small language model, composed in parameters, logits, answers and prompts: what each can do, and cannot.
 
-python -m benchmarks.strings [--seeds 3] [--quick] [--from-results]
+python -m benchmarks.strings [--seeds 3] [--quick] [--from-results]     # computes the seeds that are not stored yet
 python -m benchmarks.strings --ship     # base and skills of seed 0 into adapters/, which the rest stands on
 
 See benchmarks/functions.py for what is asked. All numbers are shares of prompts that are answered exactly, mean and standard deviation over seeds
@@ -357,7 +357,7 @@ def show(rows: Sequence[Row]) -> None:
     print(table([row for row in rows if "way" in row], "way"), "\n")
     for row in rows:
         if "device" in row:
-            print(f"{row['device']}, torch {row['torch']}, commit {row['commit']}, {row['seconds']:.0f} s for {row['seeds']} seeds")
+            print(f"seed {row['seed']}: {row['device']}, torch {row['torch']}, commit {row['commit']}, {row['seconds']:.0f} s")
 
 
 def main() -> None:
@@ -375,21 +375,20 @@ def main() -> None:
         trained(shipped, "strings/base", pretraining(200_512), *BASE)
         skills_of(shipped, 0)
         return None
-    started, rows = time.perf_counter(), list[Row]()
-    for seed in range(1 if arguments.quick else arguments.seeds):
-        bank = shipped
+    rows = load(RESULTS) if RESULTS.exists() and not arguments.quick else []
+    done = {row["seed"] for row in rows}
+    for seed in [each for each in range(1 if arguments.quick else arguments.seeds) if each not in done]:
+        bank, started = shipped, time.perf_counter()
         if seed:
             bank = sb.Bank("runs/strings/bank")
             if "strings/base" not in {entry.ref.name for entry in bank.list("base")}:
                 bank.put(cast("sb.Base", shipped.get("strings/base")), "strings/base")
         bench = Bench(bank, seed, few=arguments.quick)
         composition(bench)
-        rows += [*bench.rows, *routing(bench)]
-    rows.append({**where(), "seconds": time.perf_counter() - started, "seeds": 1 if arguments.quick else arguments.seeds})
-    show(rows)
-    if not arguments.quick:
-        store(RESULTS, rows)
-    return None
+        rows += [*bench.rows, *routing(bench), {"seed": seed, **where(), "seconds": time.perf_counter() - started}]
+        if not arguments.quick:
+            store(RESULTS, rows)
+    return show(rows)
 
 
 if __name__ == "__main__":
