@@ -13,7 +13,7 @@ from skillbank.model import Task
 from skillbank.recipe import task_of
 from skillbank.tasks.text import TextTask
 
-__all__ = ["evaluate", "harness"]
+__all__ = ["evaluate", "run_harness"]
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
     return rows
 
 
-def harness(
+def run_harness(
     refs: Sequence[str | Ref],
     bank: Bank,
     tasks: Sequence[str],

@@ -78,7 +78,13 @@ def load(
 def build_base(base: Base | Checkpoint) -> ModelModule:
     """Model of a stored base, its weights in place; of a checkpoint, the causal language model that it is."""
     if isinstance(base, Checkpoint):
-        return cast("ModelModule", build({"_target_": "skillbank.models.transformer.CausalLM", "net": base.repo, "revision": base.revision}))
+        try:
+            return cast("ModelModule", build({"_target_": "skillbank.models.transformer.CausalLM", "net": base.repo, "revision": base.revision}))
+        except ValueError as error:
+            raise ValueError(
+                f"the bank knows the checkpoint {base.repo!r} by its hashes only, and there is {error}; or load it where it is, then "
+                "skillbank.attach(net, skill), and check with skillbank.check_base(bank, ref, net)"
+            ) from None
     model = cast("ModelModule", build(base.model))
     expected, found = set(model.state_dict()), set(base.tensors)
     if expected != found:

@@ -270,7 +270,7 @@ def metrics(folder):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["task=walker/wlak"], r"skillbank: no task 'walker/wlak': did you mean 'walker/walk'\? There is walker/run, "),
+        ("train", ["task=walker/wlak"], r"skillbank: no task 'walker/wlak': did you mean 'walker/walk'\? There is labels, text, walker/run, "),
         ("train", ["fit.step=3"], r"Key 'step' is not in struct"),
         ("compose", ["skills=[a]", "merge=tiez"], r"Could not find 'merge/tiez'(.|\n)*Available options in 'merge':(.|\n)*\s+ties"),
         ("train", ["task.environment=dm_control/walker-wlak", "episodes=1", "fit.steps=1"], "did you mean 'dm_control/walker-walk'"),

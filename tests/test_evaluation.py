@@ -94,7 +94,7 @@ metric_list: [{metric: METRIC}]
 def test_the_harness_runs_what_the_bank_has(home, tmp_path, gated):
     """Its log likelihoods and answers are ours, also under a gate."""
     pytest.importorskip("lm_eval")
-    from skillbank.evaluation import harness
+    from skillbank.evaluation import run_harness
 
     bank, ref = sb.Bank(home / "bank"), "short"
     if gated:
@@ -106,7 +106,7 @@ def test_the_harness_runs_what_the_bank_has(home, tmp_path, gated):
         task_file = HARNESS.replace("DATA", str(home / "records.jsonl")).replace("OUTPUT", output).replace("METRIC", metric)
         task_file = task_file.replace("MORE", 'generation_kwargs: {until: ["</s>"], max_gen_toks: 8}' if name == "said" else "")
         (tmp_path / f"{name}.yaml").write_text(task_file.replace("task: reverse", f"task: {name}"))
-    rows = {row["task"]: row for row in harness([ref], bank, ["said", "likely"], include=tmp_path, batch_size=2)}
+    rows = {row["task"]: row for row in run_harness([ref], bank, ["said", "likely"], include=tmp_path, batch_size=2)}
     (ours,) = evaluate([ref], bank, examples=home / "records.jsonl")
     assert rows["said"]["exact_match"] == ours["exact"]
     model = sb.load(str(ref), bank)

@@ -210,14 +210,14 @@ def eval_(
     json: JsonOption = False,
 ) -> None:
     """Evaluate versions on a task, on examples, or with the lm-evaluation-harness."""
-    from skillbank import evaluation
+    from skillbank.evaluation import evaluate, run_harness
     from skillbank.report import markdown
 
     if harness is not None:
-        rows = evaluation.harness(refs, Bank(bank), harness.split(","), limit=episodes, include=include, device=device)
+        rows = run_harness(refs, Bank(bank), harness.split(","), limit=episodes, include=include, device=device)
         answer(json, rows, markdown(rows))
         return
-    rows = evaluation.evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
+    rows = evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
     answer(json, rows, markdown(rows))
 
 

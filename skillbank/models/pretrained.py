@@ -29,7 +29,7 @@ class Pretrained(nn.Module):
         config: entries of the configuration, whatever it comes from.
 
     Raises:
-        ValueError: a configuration that transformers does not know, or a model that cannot be loaded.
+        ValueError: a configuration that transformers does not know, a model that cannot be loaded, or options for one that is not loaded.
 
     """
 
@@ -49,6 +49,8 @@ class Pretrained(nn.Module):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if options and not isinstance(net, str):
+            raise ValueError(f"{sorted(options)} are said to nets that are loaded from a folder or the Hub, this one is not: leave them out")
         self.net: Any = net
         self._tokenizer, self._from = tokenizer, (net, revision)
         if isinstance(net, Mapping):
