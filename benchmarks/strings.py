@@ -349,12 +349,12 @@ def _spread(values: Sequence[float | None]) -> str:
 def show(rows: Sequence[Row]) -> None:
     """The tables."""
     methods = [row for row in rows if "method" in row]
-    print(table([{k: v for k, v in row.items() if not k.startswith(("parts", "gap", "weakest"))} for row in methods], "method"), "\n")
+    print(table([{k: v for k, v in row.items() if not k.startswith(("parts", "gap", "weakest"))} for row in methods], "method") + "\n")
     print(
         table([{k: v for k, v in row.items() if k in ("method", "seed") or k.startswith(("parts", "gap", "weakest"))} for row in methods], "method"),
         "\n",
     )
-    print(table([row for row in rows if "way" in row], "way"), "\n")
+    print(table([row for row in rows if "way" in row], "way") + "\n")
     for row in rows:
         if "device" in row:
             print(f"seed {row['seed']}: {row['device']}, torch {row['torch']}, commit {row['commit']}, {row['seconds']:.0f} s")

@@ -54,7 +54,11 @@ def test_the_table_of_merge_methods_is_the_one_that_they_tell():
     assert yamls == set(METHODS) - {"fisher", "regmean"}  # which need statistics of the tasks
 
 
-PAGES = {"merge": ["merge", "merge_files", "merge_entries", "merge_quality", "folding"], "runtime": ["runtime", "policy", "training"]}
+PAGES = {
+    "merge": ["merge", "merge_files", "merge_entries", "merge_quality", "folding"],
+    "runtime": ["runtime", "policy", "training"],
+    "language": ["strings"],
+}
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in PAGES.items() for name in names])
