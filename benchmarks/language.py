@@ -207,14 +207,14 @@ def search(count: int) -> tuple[dict[str, Callable[[], object]], float]:
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
     """All rows."""
-    rounds, warm = (1, 1) if quick else (15, 2)
+    rounds, warm = (1, 1) if quick else (7, 1)
     found = []
     ways: dict[str, tuple[dict[str, Callable[[], Any]], dict[str, float]]] = {"training": (dict(training()), {})}
     ways |= {f"generation of {count}": (generation(count), {}) for count in (1, 16)}
     contenders, error = search(10 if quick else MANY)
     ways["search"] = (contenders, {"error": error})
     for part, (each, more) in ways.items():
-        for name, timing in paired(each, rounds=rounds if part != "search" else max(rounds // 5, 1), warm=warm).items():
+        for name, timing in paired(each, rounds=rounds if part != "search" else max(rounds // 2, 1), warm=warm).items():
             found.append({"part": part, "method": name, "threads": threads, **timing, **more})
     return found
 
