@@ -5,7 +5,7 @@ python -m benchmarks.language --quick           few rounds on one thread; stores
 python -m benchmarks.language --from-results    the stored tables
 
 A Llama of 6 blocks, 256 wide (5.5 million parameters), from random weights, in float32; factors of rank 8 on all 42 linear layers of the blocks.
-Training: batches of 16 rows of 64 tokens, loss, gradient and AdamW; "limit" is the base's own loss and the gradient of its embeddings. Four in a row
+Training: batches of 16 rows of 64 tokens, loss, gradient and AdamW; "base" is its own loss and the gradient of its embeddings. Four in a row
 are four such steps of PEFT, four at once are one of `Together`. Generation: 32 new tokens after prompts of 32, greedy, with a cache; "merged" is one
 adapter in the weights, the gate weights four skills per prompt, and so does PEFT's X-LoRA, which runs the model twice for that and refuses to work
 with a cache. Search: the losses of 100 skills on 16 examples of 32 tokens, in passes of many skills, or one after another by PEFT's `set_adapter`;
@@ -125,7 +125,7 @@ def training() -> dict[str, Callable[[], None]]:
             one()
 
     return {
-        "limit": base_step(batch),
+        "base": base_step(batch),
         "PEFT": one,
         "ours": our_step(batch),
         "PEFT, four in a row": in_a_row,
