@@ -33,7 +33,7 @@ from benchmarks.functions import SKILLS, alone, by_examples, chain, chains, of_s
 from benchmarks.stored import Row, load, parser, store, where
 from skillbank.kshot import best_skills
 from skillbank.levels import compose_at
-from skillbank.mixture import Composed, Mixed, Mixture
+from skillbank.mixture import Composed, Mixed, Mixture, see
 from skillbank.model import Batch, Model
 from skillbank.report import markdown
 from skillbank.routers import Arrow, Prototypes
@@ -115,6 +115,12 @@ class Bench:
         """A base of one's own."""
         return sb.load("strings/base", self.bank)
 
+    def under(self, gate: nn.Module, model: Any) -> Composed:
+        """All skills on a base under a gate."""
+        mixture = Mixture(model.net, self.skills)
+        fuse(model.net, mixture)
+        return Composed(model, gate, mixture)
+
     def answers(self, model: Any, records: Records, weights: Tensor | None = None) -> list[str]:
         """What a model says, all rows told their weights if they are given."""
         if weights is None:
@@ -189,16 +195,13 @@ def stepwise(bench: Bench, model: Told, records: Records) -> list[str]:
 def gated(bench: Bench, records: Records, view: Mapping[str, Any], *, steps: int = 500) -> Composed:
     """Gate over all skills, trained on records with the skills frozen."""
     task, model = bench.text(records), bench.base()
-    for key, value in view.items():
-        setattr(model, key, value)
+    see(model, view)
     batches = task.batches(batch_size=64, seed=bench.seed)
     context = torch.cat([model.context(next(batches(i))).flatten(0, -2) for i in range(8)])
     torch.manual_seed(bench.seed)
     gate = sb.MLPGate(context.shape[-1], len(NAMES), hidden=(128,), init="uniform", view=view)
     gate.standardise(context)
-    mixture = Mixture(model.net, bench.skills)
-    fuse(model.net, mixture)
-    composed = Composed(model, gate, mixture)
+    composed = bench.under(gate, model)
     sb.fit(
         composed, batches, gate.parameters(), steps=10 if bench.few else steps, lr=2e-3, ema=None, weight_decay=0.0, seed=bench.seed, progress=False
     )
@@ -208,22 +211,16 @@ def gated(bench: Bench, records: Records, view: Mapping[str, Any], *, steps: int
 def prototypes(bench: Bench, records: Mapping[str, Records], view: Mapping[str, Any], **options: Any) -> Composed:
     """Gate by the nearest prototype of the prompts that the skills were trained on."""
     model = bench.base()
-    for key, value in view.items():
-        setattr(model, key, value)
+    see(model, view)
     samples = [model.context(next(bench.text(part).batches(batch_size=len(part), seed=0)(0))) for part in records.values()]
     gate = Prototypes(samples[0].shape[-1], len(NAMES), view=view, **options)
     gate.place(samples)
-    mixture = Mixture(model.net, bench.skills)
-    fuse(model.net, mixture)
-    return Composed(model, gate, mixture)
+    return bench.under(gate, model)
 
 
 def arrow(bench: Bench, k: int) -> Composed:
     """Arrow over all skills."""
-    model = bench.base()
-    mixture = Mixture(model.net, bench.skills)
-    fuse(model.net, mixture)
-    return Composed(model, Arrow(0, len(NAMES), k=k), mixture)
+    return bench.under(Arrow(0, len(NAMES), k=k), bench.base())
 
 
 def shown(bench: Bench, records: Records) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from skillbank.bank import Bank, Ref
 from skillbank.load import load
 from skillbank.model import Task
 from skillbank.recipe import task_of
+from skillbank.tasks.records import read_records
 from skillbank.tasks.text import TextTask
 
 __all__ = ["evaluate", "run_harness"]
@@ -48,14 +49,14 @@ def evaluate(
     """
     if task is not None and examples is not None:
         raise ValueError(f"evaluate on a task or on examples, got task={str(task)!r} and examples={str(examples)!r}")
+    records, given = None if examples is None else read_records(examples), None if task is None else task_of(task, bank)
     rows = []
     for ref in refs:
         exact = str(bank.resolve(ref))
-        judge = (
-            task_of(task or exact, bank)
-            if examples is None
-            else TextTask(name=Path(examples).stem, data=examples, tokenizer=exact, bank=bank, test=examples)
-        )
+        if records is None:
+            judge = given or task_of(exact, bank)
+        else:
+            judge = TextTask(name=Path(cast("str", examples)).stem, data=records, tokenizer=exact, bank=bank, test=records)
         model = load(exact, bank, device)
         groups = {"": judge} if by is None else {"": judge, **_groups(judge, by)}
         for group, part in groups.items():

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from skillbank.artifacts import wandb_mode
 from skillbank.memory import keep_freed_memory
-from skillbank.model import SEED_STRIDE, Batch, Batches, evaluating
+from skillbank.model import SEED_STRIDE, Batch, Batches, evaluating, on
 from skillbank.progress import Progress
 from skillbank.runtime import sharded
 from skillbank.runtime.compiled import compiled_loss
@@ -181,7 +181,7 @@ def validation_loss(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0
         for batch in batches:
             count = len(next(iter(batch.values())))
             for _ in range(repeats):
-                total += float(model({key: value.to(device) for key, value in batch.items()})) * count
+                total += float(model(on(device, batch))) * count
                 rows += count
     if not rows:
         raise ValueError("there are no held-out batches: set aside some examples (for control tasks: held_out=...)")

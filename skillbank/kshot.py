@@ -18,7 +18,7 @@ from skillbank.attach import attach, detach, matrix, plain_modules
 from skillbank.bank import Bank, Ref
 from skillbank.gate import Routes
 from skillbank.load import load
-from skillbank.model import Batch
+from skillbank.model import Batch, on
 from skillbank.runtime.fused import unfuse
 from skillbank.runtime.products import quicken
 from skillbank.runtime.slots import Slots
@@ -134,7 +134,7 @@ def losses_of(model: nn.Module, skills: Iterable[Skill], batches: Iterable[Batch
     if not callable(getattr(model, "losses", None)):
         raise ValueError(f"{type(model).__name__} has no losses(batch), the loss of every row: without it skills cannot be told apart in one batch")
     device = next(model.parameters()).device
-    given = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    given = [on(device, batch) for batch in batches]
     if not given:
         raise ValueError("there are no examples: give at least one batch of them")
     stream, count = iter(skills), max(1, size // max(value.numel() for batch in given for value in batch.values()))

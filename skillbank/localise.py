@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import attach, channel_layers
-from skillbank.model import Batch, Model
+from skillbank.model import Batch, Model, on
 from skillbank.skill import Skill, truncate
 
 __all__ = ["Graft", "graft"]
@@ -120,7 +120,7 @@ def _loss(model: Model, batches: Sequence[Batch], seed: int) -> float:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
-            loss = module({key: value.to(device) for key, value in batch.items()}) / len(batches)
+            loss = module(on(device, batch)) / len(batches)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())

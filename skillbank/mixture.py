@@ -244,7 +244,8 @@ class Composed(Mixed):
 
     def weights(self, batch: Batch) -> Weights:
         """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch; by module where layers weight by themselves, once they ran."""
-        self._blank(len(next(iter(batch.values()))))
+        if getattr(self.model, "within", False):  # its net runs for the context, as the base
+            self._blank(len(next(iter(batch.values()))))
         return self.gate(self.model.context(batch))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "evaluating", "shown"]
+__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "evaluating", "on", "shown"]
 
 SEED_STRIDE = 1_000_003 * 4096
 """How far apart the seeds are that two runs with seeds next to each other set at the same step."""
@@ -114,6 +114,11 @@ class Task(Protocol):
     def record(self, model: Model) -> Recorded:
         """What a report shows of `model` on this task."""
         ...
+
+
+def on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
+    """A batch on a device."""
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 @contextmanager

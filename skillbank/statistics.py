@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import is_linear
-from skillbank.model import Batch, Model, evaluating
+from skillbank.model import Batch, Model, evaluating, on
 
 __all__ = ["fisher_factors", "input_grams"]
 
@@ -126,7 +126,7 @@ def _run(model: Model, batches: Iterable[Batch], steps: int | None, after: Calla
     device = next(module.parameters()).device
     with evaluating(module):
         for batch in islice(batches, steps):
-            after(module({key: value.to(device) for key, value in batch.items()}))
+            after(module(on(device, batch)))
 
 
 def _all_of(names: list[str], found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from skillbank.folding import Folding
 from skillbank.merge import merge
-from skillbank.model import Batch, Model, ModelModule, Task
+from skillbank.model import Batch, Model, ModelModule, Task, evaluating, on
 from skillbank.models.transformer import prompt_mask
 from skillbank.skill import Skill
 
@@ -233,12 +233,10 @@ def _see(model: Model, names: Sequence[str], batch: Batch, mask: Tensor, see: Ca
     """Run a model on a batch and show `see` what modules take at the tokens of a mask, (tokens, I), in the order of the batch."""
     module = cast("nn.Module", model)
     device = next(module.parameters()).device
-    with ExitStack() as after:
-        for each in module.modules():
-            after.callback(setattr, each, "training", each.training)
+    with evaluating(module), ExitStack() as after:
         for name in names:
             after.callback(model.net.get_submodule(name).register_forward_pre_hook(partial(_look, name, mask, see)).remove)
-        module.eval()({key: value.to(device) for key, value in batch.items()})
+        module(on(device, batch))
 
 
 def _look(name: str, mask: Tensor, see: Callable[[str, Tensor], None], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:

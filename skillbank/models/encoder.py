@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from skillbank.model import Batch
-from skillbank.models.pretrained import Pretrained, readable
+from skillbank.models.pretrained import Pretrained, mean_over, readable, token_mask
 
 __all__ = ["Classifier"]
 
@@ -83,10 +83,7 @@ class Classifier(Pretrained):
         """Mean of the input embeddings of a row's tokens (B, D); with `tokens` every one of them (B, L, D)."""
         self._check(batch["input_ids"])
         hidden = cast("Tensor", self.net.get_input_embeddings()(batch["input_ids"]))
-        if self.tokens:
-            return hidden
-        mask = _mask(batch)[..., None].to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return hidden if self.tokens else mean_over(token_mask(batch), hidden)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -110,9 +107,4 @@ class Classifier(Pretrained):
 
     def _logits(self, batch: Batch) -> Tensor:
         self._check(batch["input_ids"])
-        return cast("Tensor", self.net(input_ids=batch["input_ids"], attention_mask=_mask(batch)).logits)
-
-
-def _mask(batch: Batch) -> Tensor:
-    """1 for tokens, 0 for padding, (B, L)."""
-    return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        return cast("Tensor", self.net(input_ids=batch["input_ids"], attention_mask=token_mask(batch)).logits)

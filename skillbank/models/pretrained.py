@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from skillbank.model import Batch
 from skillbank.tokenizer import restored
 
-__all__ = ["Pretrained", "readable"]
+__all__ = ["Pretrained", "mean_over", "readable", "token_mask"]
 
 
 class Pretrained(nn.Module):
@@ -98,6 +99,17 @@ class Pretrained(nn.Module):
                 f"token {int(ids.max())} is not among the {rows} that {type(self.net).__name__} knows: the text was cut up by the tokenizer of "
                 "another base"
             )
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """1 for tokens, 0 for padding, (B, L)."""
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+
+
+def mean_over(mask: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of hidden states (B, L, D) over the tokens of a mask (B, L), (B, D); 0 where it has none."""
+    mask = mask.to(hidden.dtype)
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def readable(ids: Tensor) -> bool:

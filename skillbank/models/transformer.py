@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from skillbank.model import Batch
-from skillbank.models.pretrained import Pretrained
+from skillbank.models.pretrained import Pretrained, mean_over, token_mask
 
 __all__ = ["CausalLM", "prompt_mask"]
 
@@ -122,8 +122,7 @@ class CausalLM(Pretrained):
             asked = same & (batch["labels"] == IGNORED)[:, None]
             seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(hidden.dtype)
             return seen @ hidden / seen.sum(-1, keepdim=True)
-        mask = prompt_mask(batch).to(hidden.dtype)
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return mean_over(prompt_mask(batch), hidden)
 
     @property
     def _block(self) -> nn.Module:
@@ -250,10 +249,8 @@ def _apart(segments: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _mask(batch: Batch) -> Tensor:
-    """1 for tokens, 0 for padding, (B, L)."""
-    if "segments" in batch:
-        return (batch["segments"] > 0).long()
-    return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+    """1 for tokens, 0 for padding, (B, L), of packed rows, too."""
+    return (batch["segments"] > 0).long() if "segments" in batch else token_mask(batch)
 
 
 def prompt_mask(batch: Batch) -> Tensor:

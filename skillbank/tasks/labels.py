@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from skillbank.bank import Bank, Base
-from skillbank.model import Model, Recorded, evaluating, shown
+from skillbank.model import Model, Recorded, evaluating, on, shown
 from skillbank.tasks.records import Record
-from skillbank.tasks.text import TextTask, on, prompts
+from skillbank.tasks.text import TextTask, prompts
 
 __all__ = ["LabelTask", "classes_of"]
 
@@ -128,8 +128,7 @@ def classes_of(ref: str, bank: Bank | str | Path = "adapters") -> list[str]:
 
     """
     bank = bank if isinstance(bank, Bank) else Bank(bank)
-    exact = bank.resolve(ref)
-    base = bank.get(exact if bank.card(exact).kind == "base" else bank.base_of([exact]))
+    base = bank.get(bank.base_of([ref]))
     if not isinstance(base, Base) or "classes" not in base.model:
         raise ValueError(
             f"the base of {ref!r} has no classes, it is no classifier: train one with fit=base model=classifier, or give the classes as a list"

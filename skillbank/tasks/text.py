@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skillbank.bank import Bank
-from skillbank.model import Batch, Batches, Model, Recorded, evaluating, shown
+from skillbank.model import Batch, Batches, Model, Recorded, evaluating, on, shown
 from skillbank.tasks.records import KINDS, Record, digest_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept
@@ -306,8 +306,3 @@ def complete(model: Any, asks: Sequence[str | Sequence[int]], *, tokenizer: Any 
 def _pad(tokenizer: Any) -> int:
     """What rows are filled up with; it never counts, so any token will do."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-
-
-def on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
-    """A batch on a device."""
-    return {key: value.to(device) for key, value in batch.items()}

@@ -49,7 +49,7 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
     except (LookupError, ValueError):
         exact = None
     if exact is not None:
-        base = bank.get(exact if bank.card(exact).kind == "base" else bank.base_of([exact]))
+        base = bank.get(bank.base_of([exact]))
         if isinstance(base, Checkpoint):
             return AutoTokenizer.from_pretrained(base.repo, revision=base.revision)
         if not isinstance(base, Base) or "tokenizer" not in base.model:
