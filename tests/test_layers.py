@@ -55,7 +55,7 @@ HOMES = {
     "filelock": {"bank.sealed"},
     "fsspec": {"bank.remote"},
     "datasets": {"tasks.records"},
-    "gymnasium": {"tasks.environments"},
+    "gymnasium": {"tasks.ball", "tasks.environments"},
     "h5py": {"tasks.demonstrations"},
     "huggingface_hub": {"bank.hub"},
     "hydra": {"recipe"},

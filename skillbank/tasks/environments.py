@@ -1,4 +1,4 @@
-"""Gymnasium environments, the DeepMind Control suite among them: flat observations (D,) and actions (A,) in [-1, 1]."""
+"""Gymnasium environments, the DeepMind Control suite and the ball of `ball.py` among them: flat observations (D,) and actions (A,) in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ SUITE = "dm_control/"
 
 Environment = gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]
 """Observations (D,) and actions (A,) in float32."""
+
+BALL = "skillbank.tasks.ball:BallEnvironment"
+gymnasium.register("skillbank/BallRun-v0", entry_point=BALL, max_episode_steps=100, kwargs={"task": "run"})
+gymnasium.register("skillbank/BallCircle-v0", entry_point=BALL, max_episode_steps=200, kwargs={"task": "circle"})
 
 
 class SuiteEnvironment(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
