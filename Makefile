@@ -7,7 +7,7 @@ THREADS ?= 2
 export OMP_NUM_THREADS = $(THREADS)
 export MKL_NUM_THREADS = $(THREADS)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bullet clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
@@ -25,11 +25,20 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.rollouts
 
+# Bullet-Safety-Gym wants other versions of what .venv has: how close skillbank.tasks.ball comes to it.
+bullet: .venv-bullet/.installed
+	.venv-bullet/bin/python -W ignore -m benchmarks.bullet.ball
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-bullet build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-bullet/.installed: benchmarks/bullet/requirements.txt
+	$(PYTHON) -m venv .venv-bullet
+	.venv-bullet/bin/pip install -r benchmarks/bullet/requirements.txt
 	touch $@

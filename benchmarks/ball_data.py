@@ -10,11 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skillbank.tasks.ball import PUSH, TASKS, Ball, Floats
+from skillbank.tasks.ball import PUSH, TASKS, Floats
 
 NOISE = (0.0, 0.2, 0.5)
 """Standard deviations of what is added to actions; every trajectory has one of them."""
@@ -121,15 +122,36 @@ KEPT = {"run": 800, "circle": 340}
 """Trajectories at most, so that a file stays under 2 MB."""
 
 
-def roll_out(task: Ball, controller: Runner | Circler, rng: np.random.Generator, n: int, noise: Floats | None = None) -> Trajectories:
+class Simulation(Protocol):
+    """What can be rolled out: a `Ball`, or Bullet itself."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of an episode."""
+        ...
+
+    def start(self, rng: np.random.Generator, balls: int) -> Floats:
+        """States to begin with."""
+        ...
+
+    def observe(self, states: Floats) -> NDArray[np.float32]:
+        """Observations of states."""
+        ...
+
+    def step(self, states: Floats, actions: Floats) -> tuple[Floats, Floats, Floats]:
+        """States after one step, rewards and costs."""
+        ...
+
+
+def roll_out(task: Simulation, controller: Runner | Circler, rng: np.random.Generator, n: int, noise: Floats | None = None) -> Trajectories:
     """One episode of n balls each, with actions rounded to 1 / 128; `noise` (n, 1) is drawn from NOISE where it is not given."""
     states, noise = task.start(rng, n), rng.choice(NOISE, (n, 1)) if noise is None else noise
-    rows: list[tuple[NDArray[np.floating], ...]] = []
+    rows: list[tuple[NDArray[np.floating[Any]], ...]] = []
     for _ in range(task.steps):
+        observations = task.observe(states)
         actions = np.clip(np.round(128 * (controller(states) + noise * rng.standard_normal((n, 2)))) / 128, -1, 1)
-        after, rewards, costs = task.step(states, actions)
-        rows.append((task.observe(states), actions, rewards, costs))
-        states = after
+        states, rewards, costs = task.step(states, actions)
+        rows.append((observations, actions, rewards, costs))
     columns = zip(("observations", "actions", "rewards", "costs"), zip(*rows, strict=True), strict=True)
     return Trajectories(**{name: np.stack(each, axis=1).astype(np.float32) for name, each in columns}, finals=task.observe(states))
 

@@ -1,0 +1,1 @@
+"""What needs Bullet, in an environment of its own: `make bullet`."""
