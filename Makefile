@@ -7,7 +7,7 @@ THREADS ?= 2
 export OMP_NUM_THREADS = $(THREADS)
 export MKL_NUM_THREADS = $(THREADS)
 
-.PHONY: demo test lint bench bullet clean
+.PHONY: demo test lint bench experts bullet clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
@@ -25,12 +25,17 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.rollouts
 
+# Reinforcement learning that makes demonstrations (benchmarks/dynamics_data.py), with packages that .venv has no use for.
+experts:
+	$(PYTHON) -m venv .venv-experts
+	.venv-experts/bin/pip install -c constraints.txt 'gymnasium[mujoco]' 'sbx-rl>=0.28'
+
 # Bullet-Safety-Gym wants other versions of what .venv has: how close skillbank.tasks.ball comes to it.
 bullet: .venv-bullet/.installed
 	.venv-bullet/bin/python -W ignore -m benchmarks.bullet.ball
 
 clean:
-	rm -rf .venv .venv-bullet build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-experts .venv-bullet build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

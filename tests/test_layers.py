@@ -64,7 +64,7 @@ HOMES = {
     "matplotlib": {"report"},
     "minari": {"tasks.demonstrations"},
     "lm_eval": {"evaluation"},
-    "mujoco": set(),
+    "mujoco": {"tasks.dynamics"},
     "omegaconf": set(),
     "peft": {"attach"},
     "PIL": {"report"},

@@ -15,6 +15,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
+from skillbank.tasks.dynamics import change_dynamics, parse_changes
+
 __all__ = ["Environment", "SuiteEnvironment", "environment_sizes", "make_environment"]
 
 SUITE = "dm_control/"
@@ -92,22 +94,26 @@ def make_environment(environment: str, *, render_mode: str | None = None, size: 
     """Environment with a flat observation and actions in [-1, 1].
 
     Args:
-        environment: `dm_control/<domain>-<task>` for a task of the DeepMind Control suite, else the id of a registered gymnasium environment.
+        environment: `dm_control/<domain>-<task>` for a task of the DeepMind Control suite, else the id of a registered gymnasium environment. One
+            that MuJoCo simulates may be changed, as in `HalfCheetah-v5?friction=0.25&gravity=2&thigh=2`, see `change_dynamics`.
         render_mode: None or `rgb_array`.
         size: height and width of a frame; environments outside the suite have their own.
 
     Raises:
-        ValueError: an unknown id, or spaces that are not one-dimensional Boxes with bounded actions.
+        ValueError: an unknown id or change, or spaces that are not one-dimensional Boxes with bounded actions.
         ImportError: the environment needs a package that is not installed.
 
     """
-    if environment.startswith(SUITE):
-        domain, _, task = environment.removeprefix(SUITE).partition("-")
+    registered, changes = parse_changes(environment)
+    if registered.startswith(SUITE):
+        domain, _, task = registered.removeprefix(SUITE).partition("-")
         if (domain, task) not in _suite().ALL_TASKS:
-            raise _unknown(environment, [f"{SUITE}{domain}-{task}" for domain, task in _suite().ALL_TASKS])
+            raise _unknown(registered, [f"{SUITE}{domain}-{task}" for domain, task in _suite().ALL_TASKS])
         env: Environment = SuiteEnvironment(domain, task, render_mode=render_mode, size=size)
     else:
-        env = _registered(environment, render_mode)
+        env = _registered(registered, render_mode)
+    if changes:
+        change_dynamics(registered, env, changes)
     _check_spaces(environment, env)
     space = cast("Box", env.action_space)
     if np.all(space.low == -1) and np.all(space.high == 1):
