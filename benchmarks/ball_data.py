@@ -83,7 +83,7 @@ class Runner:
 
     def __call__(self, states: Floats) -> Floats:
         """Actions (n, 2), not clipped."""
-        x, y, vx, vy = np.moveaxis(states, -1, 0)
+        x, y, vx, vy = np.moveaxis(states, -1, 0)[:4]
         return np.stack([np.where(x < self.turn, *self.speeds) - vx, 0.5 * (self.side - y) - 0.5 * vy], axis=-1)
 
 
@@ -109,7 +109,7 @@ class Circler:
 
     def __call__(self, states: Floats) -> Floats:
         """Actions (n, 2), not clipped."""
-        x, y, vx, vy = np.moveaxis(states, -1, 0)
+        x, y, vx, vy = np.moveaxis(states, -1, 0)[:4]
         u, distance = x / self.narrow, np.sqrt(x * x + y * y)
         along = self.speed / np.sqrt((self.narrow * y) ** 2 + u * u)
         out = (self.radius - np.sqrt(u * u + y * y)) / distance
@@ -120,6 +120,14 @@ class Circler:
 KINDS: dict[str, type[Runner | Circler]] = {"run": Runner, "circle": Circler}
 KEPT = {"run": 800, "circle": 340}
 """Trajectories at most, so that a file stays under 2 MB."""
+
+
+class Controller(Protocol):
+    """Actions by states, for as many as it was made for."""
+
+    def __call__(self, states: Floats) -> Floats:
+        """Actions (n, 2) for states (n, 4) or more, not clipped."""
+        ...
 
 
 class Simulation(Protocol):
@@ -143,7 +151,7 @@ class Simulation(Protocol):
         ...
 
 
-def roll_out(task: Simulation, controller: Runner | Circler, rng: np.random.Generator, n: int, noise: Floats | None = None) -> Trajectories:
+def roll_out(task: Simulation, controller: Controller, rng: np.random.Generator, n: int, noise: Floats | None = None) -> Trajectories:
     """One episode of n balls each, with actions rounded to 1 / 128; `noise` (n, 1) is drawn from NOISE where it is not given."""
     states, noise = task.start(rng, n), rng.choice(NOISE, (n, 1)) if noise is None else noise
     rows: list[tuple[NDArray[np.floating[Any]], ...]] = []
@@ -156,18 +164,18 @@ def roll_out(task: Simulation, controller: Runner | Circler, rng: np.random.Gene
     return Trajectories(**{name: np.stack(each, axis=1).astype(np.float32) for name, each in columns}, finals=task.observe(states))
 
 
-def choose(sweep: Trajectories, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def choose(sweep: Trajectories, most: int, most_cost: int = MOST_COST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which trajectories of a sweep are the data, and which of those are to be imitated.
 
     To be imitated: the first 30 that cost 2 at most and whose return is in the top tenth of all of such a cost. The data: these, and then all that
-    cost 80 at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all.
+    cost `most_cost` at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all.
     """
     safe = np.flatnonzero(sweep.cost <= SAFE_COST)
     best = safe[sweep.returns[safe] >= np.quantile(sweep.returns[safe], 0.9)][:IMITATED]
-    every = np.flatnonzero(sweep.cost <= MOST_COST)
+    every = np.flatnonzero(sweep.cost <= most_cost)
     every = np.concatenate([best, np.setdiff1d(every, best)])
     cost, returns = sweep.cost[every], sweep.returns[every]
-    columns = np.minimum(cost / MOST_COST * GRID[0], GRID[0] - 1).astype(int)
+    columns = np.minimum(cost / most_cost * GRID[0], GRID[0] - 1).astype(int)
     rows = np.minimum((returns - returns.min()) / np.ptp(returns) * GRID[1], GRID[1] - 1).astype(int)
     _, cell, counts = np.unique(columns * GRID[1] + rows, return_inverse=True, return_counts=True)
     order = np.argsort(cell, kind="stable")
