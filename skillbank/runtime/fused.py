@@ -71,7 +71,7 @@ def _weigh(hidden: Tensor, channels: Tensor) -> Tensor:
 
 def _times(rows: Tensor, m: Tensor) -> Tensor:
     """Rows times a matrix, or times one of G matrices for each G-th of them."""
-    return product(rows, m) if m.dim() == 2 else torch.bmm(rows.view(len(m), -1, rows.shape[-1]), m).flatten(0, 1)
+    return product(rows, m) if m.dim() == 2 else _by_group(rows.view(len(m), -1, rows.shape[-1]), m).flatten(0, 1)
 
 
 def _add_times(y: Tensor, rows: Tensor, m: Tensor) -> Tensor:
@@ -83,10 +83,17 @@ def _add_times(y: Tensor, rows: Tensor, m: Tensor) -> Tensor:
 
 
 def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """Left transposed times right, by groups where what it is the gradient of has groups."""
-    if like.dim() == 2:  # what is turned over is the narrower one, since it may have to be copied for that
-        return product(left.mT, right) if left.shape[1] <= right.shape[1] else product(right.mT, left).mT
-    return torch.bmm(left.view(len(like), -1, left.shape[-1]).mT, right.view(len(like), -1, right.shape[-1]))
+    """Left transposed times right, by groups where what it is the gradient of has groups; the narrower one is turned over, which may cost a copy."""
+    if left.shape[1] > right.shape[1]:
+        return _outer(right, left, like).mT
+    if like.dim() == 2:
+        return product(left.mT, right)
+    return _by_group(left.view(len(like), -1, left.shape[-1]).mT, right.view(len(like), -1, right.shape[-1]))
+
+
+def _by_group(left: Tensor, right: Tensor) -> Tensor:
+    """`left right` for (G, N, I) and (G, I, O): one product on a GPU, a few large ones on a CPU."""
+    return torch.bmm(left, right) if left.is_cuda else torch.stack([product(*pair) for pair in zip(left, right, strict=True)])
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, channels: Tensor | None = None, scale: float = 1.0) -> Tensor:

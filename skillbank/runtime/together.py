@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from skillbank.attach import detach, factors, fresh, matrix, plain_modules
 from skillbank.model import SEED_STRIDE, Batch, Batches, ModelModule
 from skillbank.runtime.fused import gated_linear, unfuse
+from skillbank.runtime.products import quicken
 from skillbank.runtime.streams import Streams
 from skillbank.skill import Skill
 
@@ -70,6 +71,7 @@ class Together(nn.Module):
         plain = plain_modules(self.net)
         for place, name in enumerate(self.names):
             plain[name].forward = partial(_forward, plain[name], self, place)
+        quicken(self.net)
         self.model.requires_grad_(False)
 
     scales: Tensor
@@ -146,7 +148,7 @@ def _starts(
                     raise ValueError(f"module {name!r} is no plain linear layer: leave it out of the targets, or train one by one")
             pad = nn.functional.pad
             padded = [(pad(a.detach(), (0, 0, 0, more)), pad(b.detach(), (0, more))) for a, b in live.values()]
-            starts.append([nn.Parameter(side) for pair in padded for side in pair])
+            starts.append([nn.Parameter(side) for a, b in padded for side in (a, b.mT.contiguous().mT)])  # B lies as its gradient comes
     return names, starts
 
 
@@ -154,6 +156,6 @@ def _forward(layer: nn.Module, together: Together, place: int, x: Tensor) -> Ten
     weight, bias = matrix(layer), cast("Tensor | None", layer.bias)
     assert weight is not None
     pairs = [together._factor(index, place) for index in range(len(together.skills))]
-    a, b = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    a, b = torch.stack([a for a, _ in pairs]), torch.stack([b.mT for _, b in pairs]).mT
     scales = together.scales.repeat_interleave(len(x) // len(pairs)).view(-1, *[1] * (x.dim() - 1))
     return gated_linear(x, weight, bias, a, b, scales)
