@@ -72,7 +72,8 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         ValueError: references that do not go together.
 
     """
-    task, base = _task(conf), None if conf["base"] is None else str(bank.resolve(conf["base"]))
+    conf, task, critics, metrics = _weighted(conf, bank)
+    base = None if conf["base"] is None else str(bank.resolve(conf["base"]))
     if base is not None and (kind := bank.card(base).kind) != "base":
         raise ValueError(f"{base!r} is a {kind}, a base is needed: give base={bank.base_of([base])}, and start=[...] to stand on skills")
     start_base, _, foundation, start = skills_on_base(bank, conf["start"]) if conf["start"] else (base, None, [], [])
@@ -92,8 +93,8 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         for layer in (module for module in model.net.modules() if isinstance(module, nn.Dropout)):
             layer.p = conf["dropout"]
     keys = ("task", "model", "lora", "dropout", "fit", "seed", "batch_size")
-    folder = _folder("train", conf["name"], conf, keys, bank, [ref for ref in (base, *start) if ref is not None], task)
-    metrics = _fit(model, params, conf, conf["name"], task, folder if resume else None)
+    folder = _folder("train", conf["name"], conf, keys, bank, [ref for ref in (base, *start, *critics) if ref is not None], task)
+    metrics |= _fit(model, params, conf, conf["name"], task, folder if resume else None)
     card = {"conf": conf, "data": task.data, "metrics": metrics, "parents": start, "base": base}
     thing = Base({**conf["model"], **task.dimensions}, model.state_dict()) if base is None else stack([*foundation, read(model.net)])
     return Made(thing, conf["name"], card, model, task, folder)
@@ -108,19 +109,21 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         resume: as in `train`.
 
     Raises:
-        ValueError: both or neither of merge and gate, skills that do not go together, or a search without base or examples.
+        ValueError: both or neither of merge and gate, a critic for a merge, skills that do not go together, or a search without base or examples.
 
     """
     chosen, gate = conf.get("merge"), conf.get("gate")
     if (chosen is None) == (gate is None):
         raise ValueError("give either a merge (merge=stack, merge=svd) or a gate (gate=mlp, gate=constant)")
+    if chosen is not None and conf.get("critic") is not None:
+        raise ValueError(f"a merge learns from no examples that critic={conf['critic']} could weight: leave it out, or train a gate")
     if conf["skills"] == "search":
         conf = {**conf, "skills": _searched(conf, bank)}
-    task = _task(conf)
+    conf, task, critics, metrics = _weighted(conf, bank)
     base, model, skills, refs = skills_on_base(bank, conf["skills"])
     name = conf["name"] or composition_name(task.name, base, refs)
     keys = ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "seed", "batch_size")
-    folder = _folder("compose", name, conf, keys, bank, [base, *refs], task)
+    folder = _folder("compose", name, conf, keys, bank, [base, *refs, *critics], task)
     torch.manual_seed(conf["seed"])
     if chosen is not None:
         options = {key: value for key, value in {**chosen, "weights": conf["weights"]}.items() if value is not None}
@@ -139,13 +142,29 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     mixture = Mixture(model.net, skills)
     fuse(model.net, mixture)
     composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
-    data, metrics = task.data, dict[str, float]()
+    data = task.data
     if isinstance(network, Prototypes):
         data = _place(network, model, [_task(bank.card(ref).conf) for ref in refs], conf)
     if params := list(network.parameters()):
-        metrics = _fit(composed, params, conf, name, task, folder if resume else None)
+        metrics |= _fit(composed, params, conf, name, task, folder if resume else None)
     composition = Composition(base, refs, gate=gate, tensors=network.state_dict())
     return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, composed, task, folder)
+
+
+def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, float]]:
+    """The task, its examples weighted if the configuration names a critic: (configuration with its exact reference, task, references, metrics)."""
+    task = _task(conf)
+    if conf.get("critic") is None:
+        return conf, task, [], {}
+    ref = str(bank.resolve(conf["critic"]))
+    critic, weigh = load(ref, bank), getattr(task, "weigh", None)
+    if not hasattr(critic, "advantages"):
+        raise ValueError(f"{ref!r} is a {type(critic).__name__}, a critic is needed to weight examples: train one with model=critic fit=critic")
+    if weigh is None:
+        raise ValueError(
+            f"the examples of a {type(task).__name__}, as task {task.name!r}, cannot be weighted: use a task of transitions (task=offline)"
+        )
+    return {**conf, "critic": ref}, task, [ref], {"effective_sample_size": weigh(critic)}
 
 
 def _place(network: Prototypes, model: ModelModule, tasks: Sequence[Task], conf: Conf) -> dict[str, str]:

@@ -17,6 +17,7 @@ CONF = Path(__file__).parents[1] / "conf"
 MODELS = sorted((CONF / "model").rglob("*.yaml"))
 D, A = 7, 3
 SIZES = {
+    "critic": {"observation_dim": D, "action_dim": A},
     "diffusion": {"observation_dim": D, "action_dim": A},
     "causal": {"tokenizer": kept(byte_tokenizer())},
     "classifier": {"tokenizer": kept(byte_tokenizer()), "classes": ["no", "yes"]},
@@ -41,7 +42,8 @@ def example(model, rows):
         words = torch.randint(2, 258, (rows, 9))
         return {"input_ids": words, "label": torch.randint(2, (rows,))} if hasattr(model, "classes") else {"input_ids": words}
     horizon = getattr(model, "horizon", 1)
-    return {"observation": torch.randn(rows, D), "action": torch.rand(rows, horizon, A) * 2 - 1}
+    came = {"reward": torch.randn(rows), "next_observation": torch.randn(rows, D), "mask": torch.ones(rows)} if hasattr(model, "advantages") else {}
+    return {"observation": torch.randn(rows, D), "action": torch.rand(rows, horizon, A) * 2 - 1, **came}
 
 
 def skill_on(net, **options):

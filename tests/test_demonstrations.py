@@ -110,8 +110,8 @@ def test_grid_npz(tmp_path):
 
 
 def test_the_same_arrays_give_the_same_demonstrations_in_every_format(tmp_path):
-    arrays = flat((3, 1, 4))
-    npz, hdf5 = read_npz(write_npz(tmp_path / "a.npz", arrays)), read_hdf5(write_hdf5(tmp_path / "b.hdf5", arrays | {"costs": np.ones(8)}))
+    arrays = flat((3, 1, 4)) | {"costs": np.ones(8)}
+    npz, hdf5 = read_npz(write_npz(tmp_path / "a.npz", arrays)), read_hdf5(write_hdf5(tmp_path / "b.hdf5", arrays | {"infos": np.ones(8)}))
     assert same(npz, hdf5)
     assert npz.hash == hdf5.hash == load_demonstrations(write_hdf5(tmp_path / "c.h5", arrays)).hash
     assert npz.starts.tolist() == [0, 3, 4, 8]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skillbank.model import Batch, Batches, Model, Recorded, shown
-from skillbank.tasks.demonstrations import load_demonstrations
+from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
 from skillbank.tasks.examples import Examples, Rehearsal
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ControlTask:
         """What is trained on."""
         self.held_out = everything.episodes(slice(len(everything) - held_out, None)) if held_out else None
         """What validates."""
-        self._examples = Examples(self.demonstrations, horizon, balance=balance, mirror=mirror)
+        self._examples = self._examples_of(self.demonstrations, balance=balance, mirror=mirror)
         self._rehearsal = None if rehearsal is None else Rehearsal(self._examples, **rehearsal)
         self._noise = observation_noise * torch.from_numpy(self.demonstrations.observations.std(0))
 
@@ -141,6 +141,9 @@ class ControlTask:
 
         return stream
 
+    def _examples_of(self, demonstrations: Demonstrations, **options: Any) -> Examples:
+        return Examples(demonstrations, self.horizon, **options)
+
     def _augmented(self, batch: dict[str, Tensor], generator: np.random.Generator) -> Batch:
         if self._noise.any():
             rows, features = batch["observation"].shape
@@ -159,7 +162,7 @@ class ControlTask:
         """
         if self.held_out is None:
             raise ValueError(f"task {self.name!r} has no held-out demonstrations: set held_out to the number of episodes that validate")
-        examples = Examples(self.held_out, self.horizon)
+        examples = self._examples_of(self.held_out)
         return (examples.batch(rows) for rows in torch.split(torch.arange(len(examples)), batch_size))
 
     def rollout(self, model: Model, *, seed: int = 0, episodes: int | None = None, record: int | None = None, frame_every: int = 10) -> Rollout:

@@ -41,6 +41,9 @@ class Demonstrations:
         rewards: (N,), stored as float32.
         starts: (E + 1,) int64, the first row of every episode and, last, N.
         source: where they came from, for messages and cards.
+        costs: (N,), stored as float32; None where there are none.
+        terminated: (E,) bool, whether an episode came to its end; where not, a time limit or the recording cut it. None where that is unknown.
+        finals: (E, D), stored as float32, the observation after the last step of every episode; None where it is unknown.
 
     Raises:
         ValueError: no steps, arrays that do not fit together, entries that are not finite, or actions outside [-1, 1].
@@ -52,18 +55,23 @@ class Demonstrations:
     rewards: NDArray[np.float32]
     starts: NDArray[np.int64]
     source: str
+    costs: NDArray[np.float32] | None = None
+    terminated: NDArray[np.bool_] | None = None
+    finals: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        for name, dims in {"observations": 2, "actions": 2, "rewards": 1}.items():
-            object.__setattr__(self, name, _floats(getattr(self, name), name, dims, self.source))
+        for name, dims in {"observations": 2, "actions": 2, "rewards": 1, "costs": 1, "finals": 2}.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _floats(getattr(self, name), name, dims, self.source))
         object.__setattr__(self, "starts", np.asarray(self.starts, np.int64))
-        steps = {name: len(getattr(self, name)) for name in ("observations", "actions", "rewards")}
+        steps = {name: len(getattr(self, name)) for name in ("observations", "actions", "rewards", "costs") if getattr(self, name) is not None}
         if len(set(steps.values())) != 1:
             raise ValueError(f"{self.source}: the arrays have different numbers of steps: {steps}")
         if not len(self.rewards):
             raise ValueError(f"{self.source} holds no steps: give a file with at least one episode")
         if self.starts.ndim != 1 or self.starts[0] != 0 or self.starts[-1] != len(self.rewards) or (np.diff(self.starts) < 1).any():
             raise ValueError(f"{self.source}: starts must rise from 0 to {len(self.rewards)}, got {self.starts.tolist()[:8]}")
+        self._check_ends()
         for name in steps:
             self._check_finite(name)
         self._check_range()
@@ -81,8 +89,8 @@ class Demonstrations:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the arrays that are here: another selection of episodes has another hash, another file with the same arrays has not."""
-        names = ("observations", "actions", "rewards", "starts")
-        return digest({name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names})
+        arrays = {name: getattr(self, name) for name in ("observations", "actions", "rewards", "starts", "costs", "terminated", "finals")}
+        return digest({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items() if array is not None})
 
     @property
     def returns(self) -> NDArray[np.float64]:
@@ -109,11 +117,24 @@ class Demonstrations:
             raise ValueError(f"{self.source}: cannot select episodes {which!r} of {len(self)}: give a count of at least 1, or a contiguous slice")
         rows = slice(self.starts[first], self.starts[last])
         starts = self.starts[first : last + 1] - self.starts[first]
-        return Demonstrations(self.observations[rows], self.actions[rows], self.rewards[rows], starts, self.source)
+        parts = {"costs": rows, "terminated": slice(first, last), "finals": slice(first, last)}
+        more = {name: getattr(self, name)[part] for name, part in parts.items() if getattr(self, name) is not None}
+        return Demonstrations(self.observations[rows], self.actions[rows], self.rewards[rows], starts, self.source, **more)
 
     def _where(self, row: int) -> str:
         episode = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f"episode {episode}, step {row - int(self.starts[episode])}"
+
+    def _check_ends(self) -> None:
+        wanted = {"terminated": (len(self),), "finals": (len(self), self.observations.shape[1])}
+        for name, shape in wanted.items():
+            array = getattr(self, name)
+            if array is not None and np.shape(array) != shape:
+                raise ValueError(f"{self.source}: array {name!r} must have shape {shape}, a row for each episode, got {np.shape(array)}")
+        if self.terminated is not None:
+            object.__setattr__(self, "terminated", np.asarray(self.terminated).astype(bool))
+        if self.finals is not None and not (fine := np.isfinite(self.finals).all(axis=1)).all():
+            raise ValueError(f"{self.source}: array 'finals' is not finite for episode {int(fine.argmin())}: remove this episode")
 
     def _check_finite(self, name: str) -> None:
         values = getattr(self, name).reshape(len(self.rewards), -1)
@@ -158,16 +179,17 @@ def load_demonstrations(source: str, *, episodes: int | None = None) -> Demonstr
 def read_npz(path: str) -> Demonstrations:
     """Read a NumPy archive, in the grid layout or the flat one.
 
-    Grid: observations (E, T, D), actions (E, T, A), rewards (E, T). Flat: observations (N, D), actions (N, A), rewards (N,) and, at the last
-    step of every episode, `terminals` or `timeouts` (N,). Other arrays are not read, and pickled ones are refused.
+    Grid: observations (E, T, D), actions (E, T, A), rewards (E, T) and, where they are known, costs (E, T), terminated (E,) and finals (E, D).
+    Flat: observations (N, D), actions (N, A), rewards (N,), at the last step of every episode `terminals` (it came to its end) or `timeouts` (it was
+    cut) (N,) and, where they are known, costs (N,) and next_observations (N, D). Other arrays are not read, and pickled ones are refused.
     """
     return _from_arrays(_read(path, _npz_arrays), path)
 
 
 def read_hdf5(path: str) -> Demonstrations:
-    """Read an HDF5 file in the layout of D4RL and DSRL (flat), or in the grid layout of `read_npz`; `costs` and other arrays are not read.
+    """Read an HDF5 file in the layout of D4RL and DSRL, which is the flat one of `read_npz`, or in the grid layout.
 
-    A last episode without an end mark counts as an episode, as long as what is there of it.
+    A last episode without an end mark counts as an episode that was cut, as long as what is there of it.
     """
     return _from_arrays(_read(path, _hdf5_arrays), path)
 
@@ -176,7 +198,7 @@ def read_minari(dataset: str, *, episodes: int | None = None) -> Demonstrations:
     """Read a Minari data set: a local id (below MINARI_DATASETS_PATH), or the path of its folder. Nothing is downloaded.
 
     Actions are rescaled from the bounds of the data set's action space to [-1, 1], as `make_environment` does with the environment.
-    Only the first `episodes` are read.
+    Only the first `episodes` are read. Costs are what every step's info has as `cost`, if all have it.
     """
     data = _open_minari(dataset)
     name, space = f"{MINARI}{dataset}", data.action_space
@@ -191,12 +213,17 @@ def read_minari(dataset: str, *, episodes: int | None = None) -> Demonstrations:
     actions = np.concatenate([each.actions for each in parts])
     if np.isfinite([space.low, space.high]).all() and not (np.all(space.low == -1) and np.all(space.high == 1)):
         actions = 2 * (actions - space.low) / (space.high - space.low) - 1
+    costs = [np.asarray(each.infos["cost"])[-len(each.actions) :] for each in parts if "cost" in (each.infos or {})]  # after the reset's
+    finals = [each.observations[len(each.actions)] for each in parts if len(each.observations) > len(each.actions)]
     return Demonstrations(
         np.concatenate([each.observations[: len(each.actions)] for each in parts]),
         actions,
         np.concatenate([each.rewards for each in parts]),
         np.cumsum([0, *(len(each.actions) for each in parts)]),
         name,
+        costs=np.concatenate(costs) if len(costs) == len(parts) else None,
+        terminated=np.array([each.terminations[-1] for each in parts]),
+        finals=np.stack(finals) if len(finals) == len(parts) else None,
     )
 
 
@@ -226,7 +253,7 @@ def _hdf5_arrays(path: str) -> dict[str, NDArray[Any]]:
         return {name: file[name][()] for name in _ARRAYS if isinstance(file.get(name), h5py.Dataset)}
 
 
-_ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+_ARRAYS = ("observations", "actions", "rewards", "costs", "terminals", "timeouts", "next_observations", "terminated", "finals")
 
 
 def _read(path: str, arrays: Callable[[str], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -245,15 +272,27 @@ def _from_arrays(arrays: Mapping[str, NDArray[Any]], source: str) -> Demonstrati
     missing = {"observations", "actions", "rewards"} - set(arrays)
     if missing:
         raise ValueError(f"{source}: missing array {', '.join(map(repr, sorted(missing)))}; it has {sorted(arrays)}")
-    observations, actions, rewards = (arrays[name] for name in ("observations", "actions", "rewards"))
-    if observations.ndim != 3:
-        return Demonstrations(observations, actions, rewards, _starts(arrays, source), source)
-    grid = observations.shape[:2]
-    for name, array, dims in (("actions", actions, 3), ("rewards", rewards, 2)):
-        if array.ndim != dims or array.shape[:2] != grid:
-            raise ValueError(f"{source}: observations are {grid[0]} episodes of {grid[1]} steps, but array {name!r} has shape {array.shape}")
-    flat = (observations.reshape(-1, observations.shape[2]), actions.reshape(-1, actions.shape[2]), rewards.reshape(-1))
-    return Demonstrations(*flat, np.arange(0, grid[0] * grid[1] + 1, max(grid[1], 1)), source)
+    if arrays["observations"].ndim == 3:
+        return _from_grid(arrays, source)
+    starts = _starts(arrays, source)
+    given = {name: arrays[name] for name in ("observations", "actions", "rewards", "costs") if name in arrays}
+    ends, marks = starts[1:] - 1, arrays.get("terminals")
+    terminated = np.zeros(len(ends), bool) if marks is None else marks.reshape(-1)[ends].astype(bool)
+    finals = _following(arrays, starts, source)[ends] if "next_observations" in arrays else None
+    return Demonstrations(**given, starts=starts, source=source, terminated=terminated, finals=finals)
+
+
+def _from_grid(arrays: Mapping[str, NDArray[Any]], source: str) -> Demonstrations:
+    episodes, steps = arrays["observations"].shape[:2]
+    flat = {}
+    for name, dims in {"observations": 3, "actions": 3, "rewards": 2, "costs": 2}.items():
+        if name in arrays:
+            array = arrays[name]
+            if array.ndim != dims or array.shape[:2] != (episodes, steps):
+                raise ValueError(f"{source}: observations are {episodes} episodes of {steps} steps, but array {name!r} has shape {array.shape}")
+            flat[name] = array.reshape(-1, *array.shape[2:])
+    ends = {name: arrays[name] for name in ("terminated", "finals") if name in arrays}
+    return Demonstrations(**flat, starts=np.arange(0, episodes * steps + 1, max(steps, 1)), source=source, **ends)
 
 
 def _starts(arrays: Mapping[str, NDArray[Any]], source: str) -> NDArray[np.int64]:
@@ -266,6 +305,20 @@ def _starts(arrays: Mapping[str, NDArray[Any]], source: str) -> NDArray[np.int64
         raise ValueError(f"{source}: observations have {steps} steps, but the end marks have {wrong}")
     ends = np.flatnonzero(np.logical_or.reduce(list(marks.values()))) + 1
     return np.unique(np.concatenate([[0], ends, [steps]])).astype(np.int64)
+
+
+def _following(arrays: Mapping[str, NDArray[Any]], starts: NDArray[np.int64], source: str) -> NDArray[Any]:
+    """The observations after every step, which inside an episode must be those that the next step saw."""
+    now, following = arrays["observations"], arrays["next_observations"]
+    if following.shape != now.shape:
+        raise ValueError(f"{source}: observations have shape {now.shape}, but array 'next_observations' has {following.shape}")
+    apart = ~np.isclose(following[:-1], now[1:], rtol=1e-4, atol=1e-4).all(axis=1)
+    apart[starts[1:-1] - 1] = False
+    if apart.any():
+        row = int(apart.argmax())
+        where = f"row {row} ({apart.sum()} such rows)"
+        raise ValueError(f"{source}: array 'next_observations' is not what the next step saw at {where}: mark where episodes end in 'timeouts'")
+    return following
 
 
 def _floats(array: NDArray[Any], name: str, dims: int, source: str) -> NDArray[np.float32]:

@@ -56,6 +56,7 @@ class Rollout:
         policy_seconds: mean time in `predict`, per environment step.
         environment_seconds: mean time in the simulation, per environment step.
         recording: the recorded episode, if one was asked for.
+        costs: undiscounted cost of every episode, (E,), the sum of what the environment's info has as `cost`; None where it has none.
 
     """
 
@@ -65,6 +66,7 @@ class Rollout:
     policy_seconds: float
     environment_seconds: float
     recording: Recording | None = None
+    costs: NDArray[np.float64] | None = None
 
 
 def rollout(
@@ -150,6 +152,7 @@ class _Episodes:
         self.observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)]).astype(np.float32)
         self.actions = cast("Box", self.envs[0].action_space).shape[0]
         self.returns = np.zeros(len(seeds))
+        self.costs: NDArray[np.float64] | None = None
         self.lengths = np.zeros(len(seeds), np.int64)
         self.running = np.full(len(seeds), self.limit > 0)
         self.seconds = 0.0
@@ -192,10 +195,13 @@ class _Episodes:
             if recorder:
                 recorder.look(env)
             started = perf_counter()
-            observation, reward, terminated, truncated, _ = env.step(actions[i])
+            observation, reward, terminated, truncated, info = env.step(actions[i])
             self.seconds += perf_counter() - started
             self.observations[i] = observation
             self.returns[i] += float(reward)
+            if "cost" in info:
+                self.costs = np.zeros(len(self.seeds)) if self.costs is None else self.costs
+                self.costs[i] += float(info["cost"])
             self.lengths[i] += 1
             self.running[i] = not (terminated or truncated or self.lengths[i] >= self.limit)
             if recorder:
@@ -205,7 +211,7 @@ class _Episodes:
         steps = max(int(self.lengths.sum()), 1)
         recording = self.recorder.result() if self.recorder else None
         seeds = np.array(self.seeds, np.int64)
-        return Rollout(self.returns, self.lengths, seeds, policy_seconds / steps, self.seconds / steps, recording)
+        return Rollout(self.returns, self.lengths, seeds, policy_seconds / steps, self.seconds / steps, recording, self.costs)
 
 
 @contextmanager
