@@ -2,7 +2,7 @@
 
 make experts                                                       an environment of its own (.venv-experts): JAX and its versions stay out of .venv
 .venv-experts/bin/python -m benchmarks.dynamics_data               train what is missing, then write the sets to demos/dynamics
-.venv-experts/bin/python -m benchmarks.dynamics_data --record      write the sets of the experts that there are so far
+.venv-experts/bin/python -m benchmarks.dynamics_data --record --experts target     write these sets from what is trained so far
 .venv-experts/bin/python -m benchmarks.dynamics_data --body walker2d
 
 Training goes in rounds of 5,000 steps with a checkpoint and the whole replay buffer after each, under runs/dynamics: stop and start it at will;
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ class Expert:
         return [episode(agent, env, seed=SHOWN + i, deterministic=deterministic) for i in range(count)]
 
     def seen(self, steps: int, count: int) -> list[Episode]:
-        """Evenly spread ones of the whole episodes that it was trained on up to a checkpoint."""
+        """Some of the whole episodes that it was trained on up to a checkpoint, drawn at random."""
         buffer = self.agent(max(self.reached), buffer=True).replay_buffer
         arrays = {name: getattr(buffer, name)[:steps, 0] for name in ("observations", "actions", "rewards", "next_observations", "dones", "timeouts")}
         joined = np.isclose(arrays["next_observations"][:-1], arrays["observations"][1:]).all(axis=1)
@@ -130,7 +131,7 @@ class Expert:
                 part = {name: np.float32(arrays[name][first:last]) for name in ("observations", "actions", "rewards")}
                 terminated = np.array(not arrays["timeouts"][last - 1])
                 found.append({**part, "finals": np.float32(arrays["next_observations"][last - 1]), "terminated": terminated})
-        return [found[i] for i in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)]
+        return [found[i] for i in np.random.default_rng(self.seed).permutation(len(found))[:count]]
 
 
 def episode(agent: Any, env: Environment, *, seed: int, deterministic: bool) -> Episode:
@@ -169,21 +170,20 @@ def write(path: Path, episodes: list[Episode]) -> dict[str, Any]:
     return {**found, "returns": returns, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def record(body: str, seed: int) -> None:
-    """Write every set whose expert is there, and the manifest.
+def record(body: str, kinds: Sequence[str], seed: int) -> None:
+    """Write the sets of some experts, and the manifest.
 
     Sources are deterministic. Of the target, as in D4RL (arXiv 2004.07219): *medium* samples the first checkpoint at a third of the expert's score,
-    *medium-replay* is what that one was trained on, and in *medium-expert* episodes of it and of the expert take turns.
+    *medium-replay* is what that one was trained on, and in *medium-expert* episodes of it and of the expert take turns. *unshifted* is what a source
+    would be if nothing had changed and nobody knew better than the data: that checkpoint again, deterministic.
     """
     folder = DEMONSTRATIONS / body
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text()) if file.exists() else {"sets": {}}
     packages = ("gymnasium", "mujoco", "numpy", "sbx-rl", "stable_baselines3", "jax")
     manifest["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    for kind in ("target", *BODIES[body][1]):
+    for kind in kinds:
         expert = Expert(f"{body}/{kind}", seed)
-        if not expert.reached:
-            continue
         best = expert.best()
         about = {"environment": expert.environment, "training_seed": seed, "episode_seeds_from": SHOWN}
         if kind != "target":
@@ -198,6 +198,9 @@ def record(body: str, seed: int) -> None:
         medium = expert.best(low + (high - low) / 3)
         played, shown = (expert.episodes(steps, half, deterministic=False) for steps in (medium, best))
         mixed = [each for pair in zip(played, shown, strict=True) for each in pair][:half]
+        manifest["sets"]["unshifted"] = {**about, "policy": "mean", "checkpoints": [medium]} | write(
+            folder / "unshifted.npz", expert.episodes(medium, EPISODES, deterministic=True)
+        )
         sets = {"medium": (played, [medium]), "medium-replay": (expert.seen(medium, half), [medium]), "medium-expert": (mixed, [medium, best])}
         for name, (episodes, checkpoints) in sets.items():
             policy = "what it was trained on" if name == "medium-replay" else "sampled"
@@ -212,17 +215,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--body", choices=BODIES, default="halfcheetah")
     parser.add_argument("--experts", nargs="+", help="target or a change; all if nothing is given")
-    parser.add_argument("--steps", type=int, default=120_000, help="budget of each")
+    parser.add_argument("--steps", type=int, default=100_000, help="budget of each")
     parser.add_argument("--goal", type=float, default=6000, help="return at which an expert is done")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", action="store_true", help="train nothing")
+    parser.add_argument("--record", action="store_true", help="train no further")
     options = parser.parse_args()
     os.chdir(ROOT)
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    kinds = options.experts or ["target", *BODIES[options.body][1]]
     if not options.record:
-        for kind in options.experts or ("target", *BODIES[options.body][1]):
+        for kind in kinds:
             Expert(f"{options.body}/{kind}", options.seed).train(options.steps, options.goal)
-    record(options.body, options.seed)
+    record(options.body, kinds, options.seed)
 
 
 if __name__ == "__main__":

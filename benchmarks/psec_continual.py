@@ -152,20 +152,7 @@ class Study:
     def fixed(self, scenario: str) -> Model:
         """Constant weights, chosen on a grid by the diffusion loss on held-out demonstrations."""
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
-        levels = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
-        task = self.task(SCENARIOS[scenario][0])
-        gate = sb.ConstantGate(task.observation_dim, len(skills))
-        composed = sb.Composed(model, gate, skills)
-        losses = {}
-        for weights in itertools.product(levels, repeat=len(skills)):
-            with torch.no_grad():
-                gate.weights.copy_(torch.tensor(weights))
-            losses[weights] = sb.validation_loss(composed, task.validation(batch_size=3000), repeats=2)
-        best = min(losses, key=losses.__getitem__)
-        with torch.no_grad():
-            gate.weights.copy_(torch.tensor(best))
-        print(f"   fixed weights {best}", flush=True)
-        return composed
+        return tuned(model, skills, self.task(SCENARIOS[scenario][0]))
 
     def psec(self, scenario: str) -> Model:
         """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
@@ -224,6 +211,23 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "ours": Study.ours,
     "ours-gate": Study.ours_gate,
 }
+
+
+def tuned(model: ModelModule, skills: list[sb.Skill], task: ControlTask) -> Model:
+    """Skills at constant weights, chosen on a grid by the diffusion loss on held-out demonstrations."""
+    levels = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+    gate = sb.ConstantGate(task.observation_dim, len(skills))
+    composed = sb.Composed(model, gate, skills)
+    losses = {}
+    for weights in itertools.product(levels, repeat=len(skills)):
+        with torch.no_grad():
+            gate.weights.copy_(torch.tensor(weights))
+        losses[weights] = sb.validation_loss(composed, task.validation(batch_size=3000), repeats=2)
+    best = min(losses, key=losses.__getitem__)
+    with torch.no_grad():
+        gate.weights.copy_(torch.tensor(best))
+    print(f"   fixed weights {best}", flush=True)
+    return composed
 
 
 def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tuple[str, str, str, int]]:

@@ -1,5 +1,7 @@
 """Changed dynamics against edited text that MuJoCo compiles; sets of demonstrations as they are written and read."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -8,13 +10,15 @@ import mujoco
 import numpy as np
 import pytest
 
-from benchmarks.dynamics_data import write
+from benchmarks.dynamics_data import SHOWN, write
 from skillbank.tasks.demonstrations import load_demonstrations
 from skillbank.tasks.dynamics import parse_changes
 from skillbank.tasks.environments import environment_sizes, make_environment
 
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "demos/dynamics/halfcheetah"
+MANIFEST = json.loads((SHIPPED / "manifest.json").read_text())
 ASSETS = Path(gymnasium.__file__).parent / "envs/mujoco/assets"
-CHEETAH = ASSETS / "half_cheetah.xml"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*settotalmass"),
@@ -178,3 +182,44 @@ def test_sets_are_read_as_they_were_written(tmp_path, lengths):
     np.testing.assert_array_equal(read.finals, np.stack([each["finals"] for each in episodes]))
     assert about["returns"] == pytest.approx(read.returns.tolist(), abs=0.06)
     assert about["steps"] == sum(lengths)
+
+
+@pytest.mark.parametrize("name", MANIFEST["sets"])
+def test_shipped_sets_are_what_the_manifest_says(name):
+    about, file = MANIFEST["sets"][name], SHIPPED / f"{name}.npz"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == about["sha256"]
+    assert file.stat().st_size < 2_000_000
+    read = load_demonstrations(str(file))
+    assert read.returns.tolist() == pytest.approx(about["returns"], abs=0.06)
+    assert (len(read), len(read.rewards)) == (about["episodes"], about["steps"])
+    assert not read.terminated.any()
+    assert read.finals.shape == (len(read), 17)
+
+
+def test_every_file_is_in_the_manifest():
+    assert {path.stem for path in SHIPPED.glob("*.npz")} == set(MANIFEST["sets"])
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 10_000_000
+
+
+@pytest.mark.parametrize("name", [name for name in MANIFEST["sets"] if name != "medium-replay"])
+def test_shipped_sets_replay_in_their_environments(name):
+    env = make_environment(MANIFEST["sets"][name]["environment"])
+    exact = mujoco.__version__ == MANIFEST["versions"]["mujoco"]
+    with np.load(SHIPPED / f"{name}.npz") as arrays:
+        observations, actions, rewards = (arrays[key][0, :80] for key in ("observations", "actions", "rewards"))
+    seen, earned, _ = follow(env, actions, seed=SHOWN)
+    np.testing.assert_allclose(seen[:-1].astype(np.float32), observations, atol=0 if exact else 1e-3)
+    np.testing.assert_allclose(earned.astype(np.float32), rewards, atol=0 if exact else 1e-3)
+
+
+@pytest.mark.parametrize("name", MANIFEST["sets"])
+def test_final_observations_are_what_the_last_action_leads_to(name):
+    env = make_environment(MANIFEST["sets"][name]["environment"])
+    with np.load(SHIPPED / f"{name}.npz") as arrays:
+        last, actions, rewards, finals = (arrays["observations"][:, -1], arrays["actions"][:, -1], arrays["rewards"][:, -1], arrays["finals"])
+    for observation, action, reward, final in zip(last, actions, rewards, finals, strict=True):
+        env.reset(seed=0)
+        env.unwrapped.set_state(np.array([0, *observation[:8]], float), observation[8:].astype(float))
+        reached, earned, *_ = env.step(action)
+        np.testing.assert_allclose(reached, final, atol=0.02)
+        np.testing.assert_allclose(earned, reward, atol=0.02)
