@@ -203,6 +203,18 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, step):
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 
 
+def test_processes_do_not_wait_for_gradients_of_the_copy():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        alone, wrapped = small(), nn.parallel.DistributedDataParallel(small())
+        for step in range(3):
+            alone(example(seed=step)).backward()
+            wrapped(example(seed=step)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(wrapped.module.net["v"][0].weight.grad, alone.net["v"][0].weight.grad)
+
+
 def test_evaluation_moves_nothing():
     critic = small().eval()
     with torch.no_grad():

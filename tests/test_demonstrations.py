@@ -248,7 +248,7 @@ def minari_dataset(tmp_path, monkeypatch):
     from gymnasium.spaces import Box
     from minari.data_collector import EpisodeBuffer
 
-    def make(low=-2.0, high=2.0, observation_space=None):
+    def make(low=-2.0, high=2.0, observation_space=None, costly=()):
         random = np.random.default_rng(0)
         buffers = []
         for steps in (5, 3, 4):
@@ -259,8 +259,9 @@ def minari_dataset(tmp_path, monkeypatch):
                     observations=observations if observation_space is None else {"state": observations},
                     actions=actions,
                     rewards=random.uniform(size=steps).tolist(),
-                    terminations=[False] * steps,
-                    truncations=ends,
+                    terminations=ends if steps == 3 else [False] * steps,
+                    truncations=[False] * steps if steps == 3 else ends,
+                    infos={"cost": [9.0, *np.arange(steps)]} if steps in costly else None,
                 )
             )
         space = observation_space or Box(-np.inf, np.inf, (3,), np.float32)
@@ -283,6 +284,19 @@ def test_minari_by_id_and_by_folder(minari_dataset, tmp_path):
     for source in (str(tmp_path / "toy/points-v0"), f"minari:{tmp_path / 'toy/points-v0'}", str(tmp_path / "toy/points-v0/data")):
         assert load_demonstrations(source).hash == read.hash
     assert same(load_demonstrations("minari:toy/points-v0", episodes=2), read.episodes(2))
+
+
+def test_minari_says_how_episodes_ended_and_what_steps_cost(minari_dataset):
+    buffers = minari_dataset(costly=(5, 3, 4))
+    read = load_demonstrations("minari:toy/points-v0")
+    assert read.terminated.tolist() == [False, True, False]
+    np.testing.assert_array_equal(read.finals, [each.observations[-1] for each in buffers])
+    assert read.costs.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+
+
+def test_minari_with_costs_of_some_episodes_has_none(minari_dataset):
+    minari_dataset(costly=(5, 4))
+    assert load_demonstrations("minari:toy/points-v0").costs is None
 
 
 def test_minari_actions_in_the_unit_box_stay_as_they_are(minari_dataset):

@@ -48,7 +48,8 @@ class Critic(nn.Module):
     - `qc`: discounted costs, Q -> cost + g m V'; V as for `hj`.
 
     One step of the optimiser is for Q and V together. V sees a copy of Q that follows it; the copy's tensors are parameters without a gradient, and
-    every `forward` in train mode begins by moving them: so train all of `parameters()`, without an EMA, and a checkpoint holds everything.
+    every `forward` in train mode begins by moving them: so train all of `parameters()`, without an EMA, and a checkpoint holds everything. A step
+    that accumulates batches moves them for each.
 
     Args:
         observation_dim: D.
@@ -95,6 +96,8 @@ class Critic(nn.Module):
             value.insert(0, nn.LayerNorm(observation_dim))
         self.net = nn.ModuleDict({"q": TwinQ(observation_dim + action_dim, hidden), "v": value})
         self.target = copy.deepcopy(self.net["q"])
+        self._ddp_params_and_buffers_to_ignore = [f"target.{name}" for name, _ in self.target.named_parameters()]
+        """What several processes do not wait for: it gets no gradient."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss (): the mean of `losses`; in train mode the copy of Q moves first."""
