@@ -155,7 +155,7 @@ def acting(counts: Sequence[int], samples: int) -> list[dict[str, Any]]:
         reference = sb.Composed(model, sb.MLPGate(24, count), mixture).to(DEVICE)
         batch = {"observation": torch.randn(1, 24, device=DEVICE)}
         slow = seconds(lambda: reference.predict(batch, samples=samples))  # noqa: B023
-        carry_out(plan_gated(model.net, mixture, repeats=samples * model.steps), model.net, mixture)
+        carry_out(plan_gated(model.net, mixture, repeats=samples * model.steps, passes=model.steps), model.net, mixture)
         fast = Compiled(reference)
         rows.append(
             {

@@ -4,18 +4,19 @@ python -m benchmarks.language                   on one and two threads; stored i
 python -m benchmarks.language --quick           few rounds on one thread; stores nothing
 python -m benchmarks.language --from-results    the stored tables
 
-A Llama of 6 blocks, 256 wide (5.5 million parameters), from random weights, in float32; factors of rank 8 on all 42 linear layers of the blocks.
-Training: batches of 16 rows of 64 tokens, loss, gradient and AdamW; "base" is its own loss and the gradient of its embeddings. Four in a row
-are four such steps of PEFT, four at once are one of `Together`. Generation: 32 new tokens after prompts of 32, greedy, with a cache; "merged" is one
-adapter in the weights, the gate weights four skills per prompt, and so does PEFT's X-LoRA, which runs the model twice for that and refuses to work
-with a cache. Search: the losses of 100 skills on 16 examples of 32 tokens, in passes of many skills, or one after another by PEFT's `set_adapter`;
-`error` is the largest difference of a loss.
+A Llama of 6 blocks, 256 wide (5.5 million parameters), and for generation another of 4 blocks, 1024 wide (51 million), from random weights, in
+float32; factors of rank 8 on all linear layers of the blocks. "limit" is the products with the frozen weights alone: in training there and back.
+Training: batches of 16 rows of 64 tokens, loss, gradient and AdamW; "compiled" as `fit.compile=true` does it. Four in a row are four such steps of
+PEFT, four at once are one of `Together`. Generation: 32 new tokens after prompts of 32, greedy, with a cache; "merged" is one adapter in the
+weights, the gate weights four skills per prompt, and so does PEFT's X-LoRA, which runs the model twice for that and refuses to work with a cache (it
+is left out where it would take minutes). Search: the losses of 100 skills on 16 examples of 32 tokens, in passes of many skills, or one after
+another by PEFT's `set_adapter`; `error` is the largest difference of a loss.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +30,62 @@ from skillbank.kshot import losses_of
 from skillbank.mixture import Composed, Mixture
 from skillbank.models.transformer import CausalLM
 from skillbank.report import markdown
+from skillbank.runtime.compiled import compiled_loss
 from skillbank.runtime.fused import fuse, lay_out
 from skillbank.runtime.plan import carry_out, plan_gated
+from skillbank.runtime.products import product
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
 RANK, SKILLS, NEW, MANY = 8, 4, 32, 100
-NET = {"model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def language() -> CausalLM:
+def language(size: dict[str, int] = SMALL) -> CausalLM:
     """The model, with weights as they start."""
     torch.manual_seed(0)
-    model = CausalLM(NET, generation={"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0})
+    net = {"model_type": "llama", "vocab_size": 1024, **size}
+    model = CausalLM(net, generation={"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0})
     return model.requires_grad_(False).eval()
+
+
+def linear_layers(net: nn.Module) -> dict[str, nn.Linear]:
+    """Those of the blocks."""
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and "lm_head" not in name}
 
 
 def skill(net: nn.Module, seed: int) -> sb.Skill:
     """Factors of the size that training gives them."""
     generator = torch.Generator().manual_seed(seed)
-    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and "lm_head" not in name}
     return sb.Skill(
         {
             name: (
                 torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5,
                 torch.randn(layer.out_features, RANK, generator=generator) * 0.05,
             )
-            for name, layer in layers.items()
+            for name, layer in linear_layers(net).items()
         }
     )
+
+
+def limit(passes: Sequence[int], size: dict[str, int] = SMALL, *, back: bool = False) -> Callable[[], None]:
+    """Products with the frozen weights in passes of so many rows each, there or there and back."""
+    net = language(size).net
+    lay_out(net)
+    weights = [layer.weight.detach() for layer in linear_layers(net).values()]
+    inputs = {(count, width): torch.randn(count, width) for count in set(passes) for weight in weights for width in weight.shape}
+
+    @torch.no_grad()
+    def products() -> None:
+        for count in passes:
+            for weight in weights:
+                out, width = weight.shape
+                product(inputs[count, width], weight.mT)
+                if back:
+                    product(inputs[count, out], weight)
+
+    return products
 
 
 def rows(count: int, length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -65,12 +93,13 @@ def rows(count: int, length: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(1, 1024, (count, length), generator=torch.Generator().manual_seed(seed))}
 
 
-def stepping(model: nn.Module, params: list[nn.Parameter], batch: dict[str, Tensor], *, fused: bool) -> Callable[[], None]:
+def stepping(model: nn.Module, params: list[nn.Parameter], batch: dict[str, Tensor], *, fused: bool, compiled: bool = False) -> Callable[[], None]:
     """One step of an optimiser."""
+    loss_of = compiled_loss(model) if compiled else model
     optimizer = torch.optim.AdamW(params, lr=1e-3, fused=fused or None)
 
     def step() -> None:
-        model(batch).backward()
+        loss_of(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -84,35 +113,23 @@ def peft_step(batch: dict[str, Tensor]) -> Callable[[], None]:
     return stepping(model, [p for p in net.parameters() if p.requires_grad], batch, fused=False)
 
 
-def our_step(batch: dict[str, Tensor]) -> Callable[[], None]:
+def our_step(batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
     """What `train.py` runs."""
     model = language()
     params = sb.fresh(model.net, rank=RANK, scale=1.0)
     for p in params:
         p.requires_grad_(True)
     fuse(model.net)
-    return stepping(model, params, batch, fused=True)
+    return stepping(model, params, batch, fused=True, compiled=compiled)
 
 
-def at_once(count: int, batch: dict[str, Tensor]) -> Callable[[], None]:
+def at_once(count: int, batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
     """So many skills in one pass, each with a batch of its own."""
     together = sb.Together(language(), list(range(count)), ranks=RANK, scales=1.0)
     params = [p for group in together.groups() for p in group["params"]]
     for p in params:
         p.requires_grad_(True)
-    return stepping(together, params, {key: value.repeat(count, 1) for key, value in batch.items()}, fused=True)
-
-
-def base_step(batch: dict[str, Tensor]) -> Callable[[], None]:
-    """The base there and back."""
-    model = language()
-    weight = model.net.get_input_embeddings().weight.requires_grad_(True)
-
-    def step() -> None:
-        model(batch).backward()
-        weight.grad = None
-
-    return step
+    return stepping(together, params, {key: value.repeat(count, 1) for key, value in batch.items()}, fused=True, compiled=compiled)
 
 
 def training() -> dict[str, Callable[[], None]]:
@@ -124,54 +141,67 @@ def training() -> dict[str, Callable[[], None]]:
         for _ in range(SKILLS):
             one()
 
+    tokens = batch["input_ids"].numel()
     return {
-        "base": base_step(batch),
+        "limit": limit([tokens], back=True),
         "PEFT": one,
         "ours": our_step(batch),
+        "ours, compiled": our_step(batch, compiled=True),
+        "limit of four": limit([SKILLS * tokens], back=True),
         "PEFT, four in a row": in_a_row,
         "ours, four at once": at_once(SKILLS, batch),
+        "ours, four at once, compiled": at_once(SKILLS, batch, compiled=True),
     }
 
 
-def gate() -> sb.MLPGate:
+def gate(width: int) -> sb.MLPGate:
     """Not trained, but not constant."""
     torch.manual_seed(1)
-    made = sb.MLPGate(256, SKILLS, hidden=(64,), init="uniform")
+    made = sb.MLPGate(width, SKILLS, hidden=(64,), init="uniform")
     nn.init.normal_(made.head.weight, std=0.5)
     return made.eval()
 
 
-def generation(count: int) -> dict[str, Callable[[], object]]:
+def generation(count: int, size: dict[str, int]) -> dict[str, Callable[[], object]]:
     """Ways to go on from so many prompts."""
-    prompts, skills = rows(count, 32), [skill(language().net, k) for k in range(SKILLS)]
-    merged = language()
+    prompts, skills = rows(count, 32), [skill(language(size).net, k) for k in range(SKILLS)]
+    merged = language(size)
     sb.fold(merged.net, skills[0])
     lay_out(merged.net)
-    gated = language()
+    gated = language(size)
     mixture = Mixture(gated.net, skills)
-    carry_out(plan_gated(gated.net, mixture, repeats=NEW, rows=count), gated.net, mixture)
+    carry_out(plan_gated(gated.net, mixture, repeats=NEW, passes=NEW), gated.net, mixture)
     lay_out(gated.net)
-    composed = Composed(gated, gate(), mixture)
-    found: dict[str, Callable[[], object]] = {"merged": lambda: merged.predict(prompts), "ours, gate per prompt": lambda: composed.predict(prompts)}
-    crossing = xlora(skills)
-    options = {**merged.generation, "use_cache": False, "attention_mask": torch.ones_like(prompts["input_ids"])}
-    with torch.no_grad():
-        found["PEFT X-LoRA"] = lambda: crossing.generate(input_ids=prompts["input_ids"], **options)
-    return found
+    composed = Composed(gated, gate(size["hidden_size"]), mixture)
+    return {
+        "limit": limit([32 * count, *[count] * (NEW - 1)], size),
+        "merged": lambda: merged.predict(prompts),
+        "ours, gate per prompt": lambda: composed.predict(prompts),
+    }
 
 
-def xlora(skills: list[sb.Skill]) -> Any:
+def crossing(count: int, size: dict[str, int]) -> dict[str, Callable[[], object]]:
+    """The same with X-LoRA."""
+    prompts, net = rows(count, 32)["input_ids"], xlora(size)
+    options = {**language(size).generation, "use_cache": False, "attention_mask": torch.ones_like(prompts)}
+    return {"PEFT X-LoRA": lambda: net.generate(input_ids=prompts, **options)}
+
+
+def xlora(size: dict[str, int]) -> Any:
     """PEFT's model of a gate over the same adapters."""
     import tempfile
 
-    model = language()
+    model = language(size)
+    skills = [skill(model.net, k) for k in range(SKILLS)]
     model.net.config.use_cache = False  # it refuses any other
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
         for k, each in enumerate(skills):
             sb.write_adapter(each, Path(folder) / str(k))
             paths[str(k)] = str(Path(folder) / str(k))
-        made = get_peft_model(model.net, XLoraConfig(task_type="CAUSAL_LM", hidden_size=256, xlora_depth=2, xlora_size=64, adapters=paths))
+        made = get_peft_model(
+            model.net, XLoraConfig(task_type="CAUSAL_LM", hidden_size=size["hidden_size"], xlora_depth=2, xlora_size=64, adapters=paths)
+        )
     return made.eval()
 
 
@@ -202,24 +232,35 @@ def search(count: int) -> tuple[dict[str, Callable[[], object]], float]:
         return losses_of(model, skills, [batch])
 
     error = float((one_by_one() - ours()).abs().max())
-    return {"PEFT, one by one": one_by_one, "ours, batched": ours}, error
+    return {"limit": limit([count * batch["input_ids"].numel()]), "PEFT, one by one": one_by_one, "ours, batched": ours}, error
 
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
     """All rows."""
     rounds, warm = (1, 1) if quick else (7, 1)
     found = []
-    ways: dict[str, tuple[dict[str, Callable[[], Any]], dict[str, float]]] = {"training": (dict(training()), {})}
-    ways |= {f"generation of {count}": (generation(count), {}) for count in (1, 16)}
-    contenders, error = search(10 if quick else MANY)
-    ways["search"] = (contenders, {"error": error})
-    for part, (each, more) in ways.items():
-        for name, timing in paired(each, rounds=rounds if part != "search" else max(rounds // 2, 1), warm=warm).items():
+
+    def keep(part: str, contenders: dict[str, Callable[[], Any]], rounds: int, **more: float) -> None:
+        for name, timing in paired(contenders, rounds=rounds, warm=warm).items():
             found.append({"part": part, "method": name, "threads": threads, **timing, **more})
+
+    keep("training", dict(training()), rounds)
+    for name, size in {"256": SMALL, "1024": WIDE}.items():
+        for count in (1, 16):
+            part = f"generation of {count}, {name} wide"
+            keep(part, generation(count, size), rounds)
+            if size is SMALL or count == 1:
+                keep(part, crossing(count, size), 1 if quick else 2)
+    contenders, error = search(10 if quick else MANY)
+    keep("search", contenders, 1 if quick else 3, error=error)
     return found
 
 
-AGAINST = {"training": "PEFT", "generation of 1": "merged", "generation of 16": "merged", "search": "PEFT, one by one"}
+AGAINST = {
+    "training": "PEFT",
+    **{f"generation of {count}, {width} wide": "merged" for width in (256, 1024) for count in (1, 16)},
+    "search": "PEFT, one by one",
+}
 """What the ratios of a part are to."""
 
 

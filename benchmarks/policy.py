@@ -58,7 +58,7 @@ def gated(count: int, samples: int, wanted: Any = None) -> sb.Composed:
     mixture = Mixture(model.net, skills(count))
     gate = sb.MLPGate(24, count)
     nn.init.normal_(gate.head.weight, std=0.05)
-    carry_out(plan_gated(model.net, mixture, repeats=samples * model.steps, wanted=wanted), model.net, mixture)
+    carry_out(plan_gated(model.net, mixture, repeats=samples * model.steps, passes=model.steps, wanted=wanted), model.net, mixture)
     if wanted != "reference":
         lay_out(model.net)
     return sb.Composed(model, gate, mixture).eval()

@@ -169,8 +169,8 @@ def _compose(bank: Bank, composition: Composition, wanted: Wanted, samples: int)
         return model, _always(model, stack(skills, constant), None)
     mixture = Mixture(model.net, skills)
     see(model, getattr(gate, "view", {}))
-    repeats = 1 if every_pass(model, gate) else samples * getattr(model, "steps", 1)
-    plan = plan_gated(model.net, mixture, repeats=repeats, wanted=wanted)
+    passes = 1 if every_pass(model, gate) else getattr(model, "steps", 1)
+    plan = plan_gated(model.net, mixture, repeats=passes if every_pass(model, gate) else passes * samples, passes=passes, wanted=wanted)
     carry_out(plan, model.net, mixture)
     return cast("ModelModule", Composed(model, gate, mixture)), plan
 

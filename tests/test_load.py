@@ -6,6 +6,8 @@ import torch
 
 import skillbank as sb
 from skillbank.load import build, skills_on_base
+from skillbank.mixture import Mixture
+from skillbank.runtime.plan import START, plan_gated
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
 MODEL = {
@@ -86,7 +88,7 @@ def test_loaded_is_live(bank, name, temperature):
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("one", {"merged"}), ("merged", {"merged"}), ("truncated", {"merged"}), ("gated", {"factors", "per row"}), ("constant", {"merged"})],
+    [("one", {"merged"}), ("merged", {"merged"}), ("truncated", {"merged"}), ("gated", {"per row"}), ("constant", {"merged"})],
 )
 def test_the_best_plan_is_taken_and_shown(bank, name, kinds):
     plan = sb.load(name, bank).plan
@@ -96,10 +98,19 @@ def test_the_best_plan_is_taken_and_shown(bank, name, kinds):
 
 
 def test_rows_that_share_their_weights_are_merged_where_that_pays(bank):
-    plan = sb.load("gated", bank, samples=2).plan  # 2 samples x 5 steps: 10 rows share their weights
-    size = {name: out * width / (out + width) for name, each in plan.items() for out, width in [each.size]}
-    assert {name: each.kind for name, each in plan.items()} == {name: "per row" if even < 10 else "factors" for name, even in size.items()}
-    assert {each.kind for each in plan.values()} == {"per row", "factors"}
+    for samples in (1, 1000):  # in 5 steps each
+        plan = sb.load("gated", bank, samples=samples).plan
+        for each in plan.values():
+            out, width = each.size
+            factors = 2 * each.rank * (out + width) * 5 * samples + START * 5
+            assert each.kind == ("per row" if 2 * out * width * each.rank < factors else "factors")
+            assert (each.repeats, each.passes) == (5 * samples, 5)
+    net, wide = torch.nn.Sequential(torch.nn.Linear(512, 512)), sb.Skill({"0": (torch.randn(8, 512), torch.randn(512, 8))})
+    mixture = Mixture(net, [wide, wide])
+    kinds = {repeats: plan_gated(net, mixture, repeats=repeats).of("per row") for repeats in (1, 200, 300)}
+    assert kinds == {1: [], 200: [], 300: ["0"]}
+    assert plan_gated(net, mixture, repeats=20, passes=20).of("per row") == ["0"]
+    assert plan_gated(net, mixture, repeats=20, passes=20, memory=2**19).of("per row") == []
     loaded, expected = sb.load("gated", bank, samples=3), sb.load("gated", bank, plan="reference")
     observation = tiny_batch()["observation"]
     for model in (loaded, expected):

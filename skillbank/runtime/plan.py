@@ -1,7 +1,7 @@
-"""How every adapted layer of a model is computed, and why: merged into its weight, merged anew per row of weights, as factors, or by reference.
+"""How every adapted layer of a model is computed, and why: merged into its weight, merged anew for a row of weights, as factors, or by reference.
 
-With m x n weights and rank R, a merge costs 2 m n R, factors cost 2 R (m + n) per row of the net. So what is the same for more than m n / (m + n)
-rows is cheaper merged, whatever the rank (for 256 x 1024: 205).
+With m x n weights and rank R, a merge costs 2 m n R FLOP, factors cost 2 R (m + n) per row of the net, and `START` for every pass of it. So what
+is the same for more than m n / (m + n) rows is cheaper merged, whatever the rank (for 256 x 1024: 205), and so are small layers in many passes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ __all__ = ["Choice", "Kind", "Plan", "Wanted", "carry_out", "plan_constant", "pl
 Kind = Literal["merged", "per row", "factors", "reference"]
 Wanted = Kind | Mapping[str, Kind] | None
 
+START = 1e6
+"""FLOP that a processor does in the time that two more products take to start, some ten microseconds."""
+
 
 @dataclass(frozen=True)
 class Choice:
     """What is done for one module.
 
     Args:
-        kind: `merged` into the weight for good; `per row` of weights, when a gate gives them; `factors` beside the base's product; or `reference`,
-            PEFT's layer and a hook.
+        kind: `merged` into the weight for good; `per row` of weights, when a gate gives one (a batch of several goes by factors: products that each
+            have a weight of their own never paid); `factors` beside the base's product; or `reference`, PEFT's layer and a hook.
         reason: why.
         size: (O, I).
         rank: R, the sum over the skills.
         repeats: rows of the net per row of weights that were counted on.
+        passes: passes of the net that they are spread over.
 
     """
 
@@ -44,6 +48,7 @@ class Choice:
     size: tuple[int, int]
     rank: int
     repeats: int
+    passes: int = 1
 
     @property
     def base(self) -> float:
@@ -54,7 +59,8 @@ class Choice:
     def extra(self) -> float:
         """FLOP of the skills per row of the net."""
         out, width = self.size
-        return {"merged": 0.0, "per row": self.base * self.rank / self.repeats}.get(self.kind, 2.0 * self.rank * (out + width))
+        each_pass = START * self.passes / self.repeats
+        return {"merged": 0.0, "per row": self.base * self.rank / self.repeats}.get(self.kind, 2.0 * self.rank * (out + width) + each_pass)
 
 
 class Plan(Mapping[str, Choice]):
@@ -119,15 +125,15 @@ def plan_constant(net: nn.Module, skill: Skill, wanted: Wanted = None) -> Plan:
     return _as_wanted(choices, wanted, {"merged": cannot, "per row": dict.fromkeys(skill, "has the same weights for every input")})
 
 
-def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, rows: int = 1, memory: float = 2**30, wanted: Wanted = None) -> Plan:
+def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, passes: int = 1, memory: float = 2**30, wanted: Wanted = None) -> Plan:
     """Best way to compute what a gate weights for every input; the net is not changed.
 
     Args:
         net: with the mixture's stack on it.
         mixture: the mixture.
         repeats: rows of the net per row of weights: N samples times T denoise steps.
-        rows: rows of weights at once.
-        memory: bytes that merged weights may take.
+        passes: of the net that they are spread over: T.
+        memory: bytes that merged weights may take, of all modules together.
         wanted: as for `plan_constant`.
 
     Raises:
@@ -136,21 +142,23 @@ def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, rows: int 
     """
     choices: dict[str, Choice] = {}
     slow: dict[str, str] = {}
-    live = factors(net)
+    live, taken = factors(net), 0
     for name, adapted in adapted_layers(net).items():
         a, b = live[name]
         out, width, rank = len(b), a[0].numel(), len(a)
-        even, needed = out * width / (out + width), rows * out * width * a.element_size()
+        merge, factored = 2 * out * width * rank, 2 * rank * (out + width) * repeats + START * passes
+        size = out * width * a.element_size()
         if reason := why_not(adapted):
             best: tuple[Kind, str] = ("reference", reason)
             slow[name] = f"is computed with {reason}"
-        elif repeats > even and needed <= memory:
-            best = "per row", f"{repeats} rows share their weights, more than {even:.0f}"
-        elif repeats > even:
-            best = "factors", f"{rows} merged weights would take {needed / 2**20:.0f} MiB"
+        elif merge >= factored:
+            best = "factors", f"to merge costs {merge / 1e6:.3g} MFLOP, {repeats} rows in {passes} passes of factors {factored / 1e6:.3g}"
+        elif taken + size > memory:
+            best = "factors", f"merged weights would take more than {memory / 2**20:.0f} MiB"
         else:
-            best = "factors", f"{repeats} of {even:.0f} rows that would pay for a merge share their weights"
-        choices[name] = Choice(*best, (out, width), rank, repeats)
+            best = "per row", f"{repeats} rows in {passes} passes share their weights: {merge / 1e6:.3g} MFLOP, not {factored / 1e6:.3g}"
+            taken += size
+        choices[name] = Choice(*best, (out, width), rank, repeats, passes)
     return _as_wanted(choices, wanted, {"merged": dict.fromkeys(choices, "has weights that a gate changes"), "per row": slow, "factors": slow})
 
 

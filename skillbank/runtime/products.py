@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["add_product", "linear", "product", "quicken"]
+__all__ = ["add_product", "best_as_stored", "linear", "product", "quicken"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LARGE = 2**20
@@ -62,6 +62,11 @@ def quicken(net: nn.Module) -> None:
     for layer in net.modules():
         if _BY_ONEDNN and type(layer) is nn.Linear:
             layer.__dict__.setdefault("forward", partial(_forward, layer))
+
+
+def best_as_stored(weight: Tensor) -> bool:
+    """Whether products with a weight (O, I) are fastest as it is stored, output first: with oneDNN, if it has to come from memory."""
+    return _BY_ONEDNN and weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= _LARGE
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
