@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -223,3 +225,15 @@ def test_final_observations_are_what_the_last_action_leads_to(name):
         reached, earned, *_ = env.step(action)
         np.testing.assert_allclose(reached, final, atol=0.02)
         np.testing.assert_allclose(earned, reward, atol=0.02)
+
+
+def test_the_benchmark_runs():
+    rows = ["awr", "joint"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.psec_dynamics", "--quick", "--rows", *rows]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")]
+    column = printed[0].index("friction, medium")
+    assert sum(line[column].endswith("(1)") for line in printed[2:]) == len(rows)
+    assert printed[-1][0] == "the target data themselves"
+    assert float(printed[-1][column]) > 20
