@@ -33,6 +33,11 @@ class MLPGate(nn.Module):
             starts near 0; it is divided by `scale` here, so that it learns `scale` times more slowly.
         scale: the multiplier that the skills were trained with; used by `official` only.
         view: what of the model's context it sees, such as `{"tokens": True}` of a language model: attributes that the model gets.
+        k: give `Routes` of the k weights that are largest in magnitude, as `TopK` does; None gives all K. What is not chosen gets no gradient, so
+            that `newest` and a small k may never try the others: train with all, or from `uniform` and a context per token.
+
+    Raises:
+        ValueError: an unknown init, or k out of range.
 
     """
 
@@ -48,8 +53,11 @@ class MLPGate(nn.Module):
         init: Init = "newest",
         scale: float = 16.0,
         view: Mapping[str, Any] | None = None,
+        k: int | None = None,
     ) -> None:
         super().__init__()
+        if k is not None and not 1 <= k <= skills:
+            raise ValueError(f"a gate over {skills} skills chooses 1 to {skills} of them, got k={k}")
         if init not in ("newest", "uniform", "zero", "official"):
             raise ValueError(f"unknown init {init!r}: choose newest, uniform, zero or official")
         self.register_buffer("mean", torch.zeros(context_dim))
@@ -62,7 +70,7 @@ class MLPGate(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         self.divisor = scale if init == "official" else 1.0
-        self.view = dict(view or {})
+        self.view, self.k = dict(view or {}), k
         if init != "official":
             nn.init.zeros_(self.head.weight)
         with torch.no_grad():
@@ -71,9 +79,10 @@ class MLPGate(nn.Module):
             elif init == "uniform":
                 self.head.bias.fill_(1 / skills)
 
-    def forward(self, context: Tensor) -> Tensor:
-        """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D)."""
-        return self.head(self.features(context)) / self.divisor
+    def forward(self, context: Tensor) -> Tensor | Routes:
+        """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D); with k, routes."""
+        weights: Tensor = self.head(self.features(context)) / self.divisor
+        return weights if self.k is None else _largest(weights, self.k)
 
     def features(self, context: Tensor) -> Tensor:
         """What the head sees, (B, H) or (B, T, H)."""
@@ -82,7 +91,10 @@ class MLPGate(nn.Module):
     @property
     def constant(self) -> Tensor | None:
         """Weights (K,) if they are the same for every context, None if not."""
-        return None if self.head.weight.any() else self.head.bias.detach() / self.divisor
+        if self.head.weight.any():
+            return None
+        weights = self.head.bias.detach() / self.divisor
+        return weights if self.k is None else _largest(weights, self.k).dense(len(weights))
 
     @torch.no_grad()
     def standardise(self, context: Tensor) -> None:
@@ -131,7 +143,7 @@ def grow(gate: MLPGate, skills: int = 1) -> MLPGate:
     old = gate.head
     widths = [layer.in_features for layer in [*gate.body, old] if isinstance(layer, nn.Linear)]
     grown = MLPGate(widths[0], old.out_features + skills, hidden=widths[1:], init="zero")
-    grown.divisor, grown.view = gate.divisor, gate.view
+    grown.divisor, grown.view, grown.k = gate.divisor, gate.view, gate.k
     grown.body.load_state_dict(gate.body.state_dict())
     with torch.no_grad():
         grown.mean.copy_(gate.mean)
@@ -161,10 +173,11 @@ class Growing(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, context: Tensor) -> Tensor:
-        """Weights (B, K) or (B, T, K), the new ones last."""
+    def forward(self, context: Tensor) -> Tensor | Routes:
+        """Weights (B, K) or (B, T, K), the new ones last; routes where the gate chooses."""
         features = self.gate.features(context)
-        return torch.cat([self.gate.head(features), self.head(features)], -1) / self.gate.divisor
+        weights = torch.cat([self.gate.head(features), self.head(features)], -1) / self.gate.divisor
+        return weights if self.gate.k is None else _largest(weights, self.gate.k)
 
     @torch.no_grad()
     def grown(self) -> MLPGate:
@@ -218,5 +231,10 @@ class TopK(nn.Module):
         weights = self.gate(context)
         if self.k > weights.shape[-1]:
             raise ValueError(f"the gate has {weights.shape[-1]} skills to choose from, k is {self.k}")
-        index = weights.abs().topk(self.k, dim=-1).indices
-        return Routes(index, weights.gather(-1, index))
+        return _largest(weights, self.k)
+
+
+def _largest(weights: Tensor, k: int) -> Routes:
+    """The k weights that are largest in magnitude."""
+    index = weights.abs().topk(k, dim=-1).indices
+    return Routes(index, weights.gather(-1, index))

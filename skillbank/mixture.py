@@ -45,7 +45,7 @@ class Cell:
     def mix(self, weights: Weights | None, repeats: int = 1) -> None:
         """Set the weights for what the net runs on next."""
         self.weights, self.repeats = weights, repeats
-        self.made: dict[str, Any] = {}
+        self.made: dict[Any, Any] = {}
         """What the fast paths make of these weights, so that they make it once."""
 
     def of(self, name: str, rows: int) -> Tensor | Routes:

@@ -8,7 +8,7 @@ import torch
 
 import skillbank as sb
 from skillbank.cli import main
-from skillbank.evaluation import evaluate
+from skillbank.evaluation import evaluate, forget
 from skillbank.tasks.records import read_records
 from skillbank.tasks.text import TextTask
 from skillbank.tasks.tokens import encoded
@@ -119,3 +119,51 @@ def test_the_harness_runs_what_the_bank_has(home, tmp_path, gated):
                 model.mixture.cell.mix(model.weights({"input_ids": ids[:, :-1]}))
             logs.append(-float(getattr(model, "model", model).losses(batch)) * len(record["completion"]))
     assert rows["likely"]["perplexity"] == pytest.approx(math.exp(-sum(logs) / len(logs)), rel=1e-4)
+
+
+def test_skills_together_at_every_level(home):
+    bank, examples = sb.Bank(home / "bank"), home / "records.jsonl"
+    levels = ["merge", "gate", "logits", "vote", "rerank", "in_context", "emulated"]
+    rows = evaluate(["short", "short"], bank, examples=examples, levels=levels, large="base")
+    assert [row["level"] for row in rows] == levels
+    assert {row["ref"] for row in rows} == {"short@1 short@1"}
+    alone = evaluate(["short"], bank, examples=examples)[0]
+    for row in rows[:2]:  # half of it twice
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    by_kind = evaluate(["short"], bank, examples=examples, levels=["merge"], by="size")
+    assert [row["size"] for row in by_kind] == ["all", "short", "long"]
+    with pytest.raises(ValueError, match="unknown level 'logit': did you mean 'logits'"):
+        evaluate(["short"], bank, examples=examples, levels=["logit"])
+    with pytest.raises(ValueError, match="level 'emulated' needs large: give large="):
+        evaluate(["short"], bank, examples=examples, levels=["emulated"])
+
+
+def said(capsys, monkeypatch, *words):
+    """Rows that a command prints."""
+    monkeypatch.setattr("sys.argv", ["skillbank", *words, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    return json.loads(capsys.readouterr().out)
+
+
+def test_levels_on_the_command_line(home, capsys, monkeypatch):
+    examples = str(home / "records.jsonl")
+    rows = said(capsys, monkeypatch, "eval", "short", "--bank", str(home / "bank"), "--examples", examples, "--level", "merge,vote")
+    assert [(row["ref"], row["level"]) for row in rows] == [("short@1", "merge"), ("short@1", "vote")]
+
+
+def test_a_skill_is_forgotten(home, capsys, monkeypatch):
+    bank, examples = sb.Bank(home / "bank"), str(home / "records.jsonl")
+    rows = forget("short", bank, examples, examples, ways=["adjust", "abstain", "negate"], share=0.5)
+    assert [(row["way"], row["set"]) for row in rows[::2]] == [(way, "forget") for way in ("before", "adjust", "abstain", "negate")]
+    base = evaluate(["base"], bank, examples=examples)[0]
+    assert rows[6]["loss"] == pytest.approx(base["loss"], rel=1e-4)
+    assert rows[4]["exact"] == 0.0
+    given = ("--bank", str(bank.root), "--examples", examples, "--retain", examples)
+    found = said(capsys, monkeypatch, "forget", "base", *given, "--way", "negate", "--skill", "short")
+    assert [row["way"] for row in found] == ["before", "before", "negate", "negate"]
+    assert found[2]["loss"] != pytest.approx(found[0]["loss"], rel=1e-2)
+    with pytest.raises(ValueError, match="'base' is no skill that could be subtracted: give one as skill"):
+        forget("base", bank, examples, examples, ways=["negate"])
+    with pytest.raises(ValueError, match="unknown way to forget 'adjusted': did you mean 'adjust'"):
+        forget("base", bank, examples, examples, ways=["adjusted"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from skillbank import Composed, ConstantGate, Growing, MLPGate, Skill, attach, check_model, fit, merge
+from skillbank import Composed, ConstantGate, Growing, MLPGate, Skill, TopK, attach, check_model, fit, grow, merge
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
 
@@ -39,6 +39,21 @@ def test_official_initialisation_is_raw_and_divided_by_the_scale():
 @pytest.mark.parametrize(("skills", "parameters"), [(2, 72_706), (1, 72_449)])
 def test_parameter_count_of_the_paper(skills, parameters):
     assert sum(p.numel() for p in MLPGate(24, skills).parameters()) == parameters
+
+
+def test_a_gate_that_chooses_is_topk_of_one_that_does_not():
+    torch.manual_seed(0)
+    plain, few = MLPGate(5, 4, hidden=(8,)), MLPGate(5, 4, hidden=(8,), k=2)
+    assert torch.equal(few.constant, torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    torch.nn.init.normal_(plain.head.weight)
+    few.load_state_dict(plain.state_dict())
+    context = torch.randn(3, 7, 5)
+    expected, found = TopK(plain, 2)(context), few(context)
+    assert torch.equal(found.dense(4), expected.dense(4))
+    assert few.constant is None
+    assert torch.equal(grow(few, 2)(context).dense(6)[..., :4], found.dense(4))
+    with pytest.raises(ValueError, match="a gate over 4 skills chooses 1 to 4 of them, got k=5"):
+        MLPGate(5, 4, k=5)
 
 
 def test_a_standardised_gate_sees_every_feature_in_its_deviations():

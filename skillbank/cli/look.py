@@ -203,13 +203,15 @@ def eval_(
     task: Annotated[str | None, typer.Option(help="A version whose task they are evaluated on; without it each on its own.")] = None,
     examples: Annotated[str | None, typer.Option(help="Records to evaluate on instead: .jsonl, .json or .parquet.")] = None,
     by: Annotated[str | None, typer.Option(help="A key of the records: a row for each of its values, too.")] = None,
+    level: Annotated[str | None, typer.Option(help="Skills together at these levels: merge,gate,logits,emulated,vote,rerank,in_context.")] = None,
+    large: Annotated[str | None, typer.Option(help="Base that level emulated moves.", autocompletion=complete_ref)] = None,
     episodes: Annotated[int | None, typer.Option(help="Episodes, or records, of an evaluation.")] = None,
     harness: Annotated[str | None, typer.Option(help="Tasks of the lm-evaluation-harness instead, such as arc_easy,piqa.")] = None,
     include: Annotated[str | None, typer.Option(help="Folder of further tasks of the harness.")] = None,
     device: Annotated[str, typer.Option(help="Where they run.")] = "cpu",
     json: JsonOption = False,
 ) -> None:
-    """Evaluate versions on a task, on examples, or with the lm-evaluation-harness."""
+    """Evaluate versions, or skills together, on a task, on examples, or with the lm-evaluation-harness."""
     from skillbank.evaluation import evaluate, run_harness
     from skillbank.report import markdown
 
@@ -217,7 +219,31 @@ def eval_(
         rows = run_harness(refs, Bank(bank), harness.split(","), limit=episodes, include=include, device=device)
         answer(json, rows, markdown(rows))
         return
-    rows = evaluate(refs, Bank(bank), task=task, examples=examples, by=by, episodes=episodes, device=device)
+    levels = () if level is None else level.split(",")
+    rows = evaluate(refs, Bank(bank), task=task, examples=examples, by=by, levels=levels, large=large, episodes=episodes, device=device)
+    answer(json, rows, markdown(rows))
+
+
+@app.command("forget")
+def forget_(
+    ref: RefArgument,
+    examples: Annotated[str, typer.Option(help="Records of what is to be forgotten: .jsonl, .json or .parquet.")],
+    retain: Annotated[str, typer.Option(help="Records of what is to be kept.")],
+    way: Annotated[str, typer.Option(help="Of adjust, abstain and negate.")] = "adjust,abstain",
+    skill: Annotated[str | None, typer.Option(help="What negate subtracts; the version itself without it.", autocompletion=complete_ref)] = None,
+    share: Annotated[float, typer.Option(help="Of the neurons, for adjust.")] = 0.05,
+    alpha: Annotated[float | None, typer.Option(help="Half width of the boxes of abstain, in deviations.")] = None,
+    weight: Annotated[float, typer.Option(help="Of what negate subtracts.")] = 1.0,
+    bank: BankOption = DEFAULT,
+    device: Annotated[str, typer.Option(help="Where it runs.")] = "cpu",
+    json: JsonOption = False,
+) -> None:
+    """Evaluate a language model before and after a skill is taken from it; nothing is stored."""
+    from skillbank.evaluation import forget
+    from skillbank.report import markdown
+
+    ways = way.split(",")
+    rows = forget(ref, Bank(bank), examples, retain, ways=ways, skill=skill, share=share, alpha=alpha, weight=weight, device=device)
     answer(json, rows, markdown(rows))
 
 
