@@ -45,7 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_dynamics.jsonl"
 DATA = "demos/dynamics/halfcheetah"
 SHIFTS = ("friction", "gravity", "thigh")
 TARGETS = ("medium", "medium-replay", "medium-expert")
-STEPS = {"base": 10_000, "skill": 5_000, "critic": 20_000}
+STEPS = {"base": 5000, "skill": 2500, "critic": 10_000}
 """Of training, in batches of 256; the paper takes 200 thousand for base and skill, in batches of 512."""
 QUICK = ("fit.steps=3", "batch_size=8")
 
