@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skillbank.attach import attach, detach, fresh, read
     from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
     from skillbank.certificate import Certificate
+    from skillbank.discovery import discover, train_discovered
     from skillbank.exchange import export, import_adapter
     from skillbank.fit import fit, validation_loss
     from skillbank.folding import Folding, fold
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from skillbank.search import duplicates, overlap, similar
     from skillbank.server import Server
     from skillbank.skill import Skill, cosine, distance, gram, stack, truncate
-    from skillbank.statistics import fisher_factors, input_grams
+    from skillbank.statistics import fisher_factors, input_grams, start_from_inputs
     from skillbank.tasks.text import TextTask, complete
     from skillbank.unlearn import Abstaining, Adjustment, forgetting, negate
 
@@ -47,6 +48,7 @@ _HOME = {
     "attach": ["attach", "detach", "fresh", "read"],
     "bank": ["Bank", "Base", "Checkpoint", "Composition", "Ref"],
     "certificate": ["Certificate"],
+    "discovery": ["discover", "train_discovered"],
     "exchange": ["export", "import_adapter"],
     "fit": ["fit", "validation_loss"],
     "folding": ["Folding", "fold"],
@@ -66,7 +68,7 @@ _HOME = {
     "search": ["duplicates", "overlap", "similar"],
     "server": ["Server"],
     "skill": ["Skill", "cosine", "distance", "gram", "stack", "truncate"],
-    "statistics": ["fisher_factors", "input_grams"],
+    "statistics": ["fisher_factors", "input_grams", "start_from_inputs"],
     "tasks.text": ["TextTask", "complete"],
     "unlearn": ["Abstaining", "Adjustment", "forgetting", "negate"],
 }
@@ -105,6 +107,7 @@ __all__ = [
     "cosine",
     "dense_merge",
     "detach",
+    "discover",
     "distance",
     "duplicates",
     "export",
@@ -132,7 +135,9 @@ __all__ = [
     "search_weights",
     "similar",
     "stack",
+    "start_from_inputs",
     "together_batches",
+    "train_discovered",
     "truncate",
     "validation_loss",
     "write_adapter",

@@ -38,7 +38,7 @@ ORDER = [
     ),
     "localise",
     *("merge", "bank", "gate", "mixture", "routers", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
-    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "levels", "unlearn", "evaluation", "report", "display", "cli"),
+    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "levels", "unlearn", "evaluation", "discovery", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 

@@ -12,9 +12,9 @@ import typer
 from skillbank.bank import Bank, Checkpoint
 from skillbank.bank.aliases import ANY, Expected
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, RefsArgument, UrlArgument, app, complete_ref
-from skillbank.display import answer, print_certificate, print_json, progress
+from skillbank.display import answer, new_table, print_certificate, print_json, print_one, progress
 
-__all__ = ["alias", "base", "clone", "export", "gc", "import_", "merge", "pull", "push", "rm"]
+__all__ = ["alias", "base", "clone", "discover", "export", "gc", "import_", "merge", "pull", "push", "rm"]
 
 
 @app.command()
@@ -145,6 +145,40 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+@app.command()
+def discover(
+    demonstrations: Annotated[str, typer.Argument(help="Whole episodes: .npz, .hdf5 or .h5, or minari:<id>.")],
+    base: Annotated[str, typer.Option(help="A base that acts in the same environment.", autocompletion=complete_ref)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the demonstrations of every skill that is found: 0.npz, 1.npz, ...")],
+    bank: BankOption = DEFAULT,
+    known: Annotated[list[str] | None, typer.Option(help="A skill that is known besides the base.", autocompletion=complete_ref)] = None,
+    skills: Annotated[int | None, typer.Option(help="How many there are; chosen without it.")] = None,
+    minimum: Annotated[int, typer.Option(help="Steps of the shortest segment.")] = 60,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    json: JsonOption = False,
+) -> None:
+    """Cut demonstrations that hold several skills where the errors of known policies change, and sort the pieces into a file for each skill."""
+    from skillbank.discovery import discover
+    from skillbank.load import load
+    from skillbank.tasks.demonstrations import load_demonstrations
+
+    store = Bank(bank)
+    models = [load(ref, store, device) for ref in (base, *(known or []))]
+    found = discover(load_demonstrations(demonstrations), models, skills=skills, minimum=minimum)
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"{number}.npz" for number in range(len(found))]
+    for each, path in zip(found, paths, strict=True):
+        each.save(path)
+    if json:
+        print_json([{"path": str(path), **each.lineage} for path, each in zip(paths, found, strict=True)])
+        return
+    table = new_table("file", "segments", "steps", "reward per step", "first ones (episode: steps)")
+    for path, each in zip(paths, found, strict=True):
+        steps, reward = f"{len(each.demonstrations.rewards):,}", f"{each.demonstrations.rewards.mean():.3f}"
+        table.add_row(str(path), str(len(each.segments)), steps, reward, ", ".join(f"{s.episode}: {s.first}-{s.last}" for s in each.segments[:4]))
+    print_one(table)
 
 
 @app.command()
