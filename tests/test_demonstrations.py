@@ -324,11 +324,22 @@ def test_minari_has_fewer_episodes(minari_dataset):
 
 
 def test_shipped_files_are_as_their_readme_says():
-    table = (SHIPPED / "README.md").read_text()
-    rows = re.findall(r"^\| (\S+\.npz) \| (\d+) \| \w+ \| (\d+) \| \d+ \| \d+ \| \d+ \| (\w{64}) \|$", table, re.MULTILINE)
-    assert {name for name, *_ in rows} == {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.npz")}
-    for name, episodes, mean, sha in rows:
+    """Those of changed dynamics have a manifest with hashes, see test_dynamics.py."""
+    text = (SHIPPED / "README.md").read_text()
+    rows = re.findall(r"^\| (\w+/\w+\.npz) \| (\d+) \|(?: [a-z]+ \|)? (\d+) \| (.*) \| (\w{64}) \|$", text, re.MULTILINE)
+    shipped = {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.npz")}
+    dynamics = {name for name in shipped if name.startswith("dynamics/")}
+    assert {name for name, *_ in rows} == shipped - dynamics
+    assert {Path(name).name for name in dynamics} <= set(re.findall(r"[\w-]+\.npz", text.partition("other dynamics")[2]))
+    sizes = {"walker": (24, 6), "ball/run": (7, 2), "ball/circle": (8, 2)}
+    for name, episodes, mean, more, sha in rows:
         assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == sha
         read = load_demonstrations(str(SHIPPED / name))
-        assert (len(read), read.observations.shape[1], read.actions.shape[1]) == (int(episodes), 24, 6)
+        kind = next(kind for kind in sizes if name.startswith(kind))
+        assert (len(read), read.observations.shape[1], read.actions.shape[1]) == (int(episodes), *sizes[kind])
         assert round(read.returns.mean()) == int(mean)
+        figures = [read.returns.std(), read.returns.min(), read.returns.max()]
+        if read.costs is not None:
+            costs = np.add.reduceat(read.costs, read.starts[:-1], dtype=np.float64)
+            figures = [*figures[1:], costs.mean(), costs.min(), costs.max()]
+        assert [round(float(each)) for each in figures] == [int(each) for each in more.split(" | ")]
