@@ -74,7 +74,8 @@ def fresh(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if init is not None and (not re.fullmatch(r"pissa(_niter_\d+)?|olora", init) or scale <= 0):
-        raise ValueError(f"init is pissa, pissa_niter_<N> or olora, with a scale above 0, or None for a random A; got {init!r} with scale={scale}")
+        known = "pissa, pissa_niter_<N> or olora, with a scale above 0, or None for a random A (which start_from_inputs can turn, as eva does)"
+        raise ValueError(f"init is {known}; got {init!r} with scale={scale}")
     detach(net)
     names = _targets(net, targets)
     if init is not None:

@@ -32,6 +32,7 @@ from skillbank.routers import Prototypes
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
 from skillbank.skill import Skill, distance, stack
+from skillbank.statistics import start_from_inputs
 
 __all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "task_of", "train"]
 
@@ -88,7 +89,10 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         model = load(base, bank)
         for skill in foundation:
             fold(model.net, skill)
-        params = fresh(model.net, **conf["lora"])
+        seen = conf["lora"].get("init") == "eva"
+        params = fresh(model.net, **{**conf["lora"], **({"init": None} if seen else {})})
+        if seen:
+            start_from_inputs(model, task.batches(batch_size=conf["batch_size"], seed=conf["seed"])(0), steps=16)
         fuse(model.net)
         for layer in (module for module in model.net.modules() if isinstance(module, nn.Dropout)):
             layer.p = conf["dropout"]

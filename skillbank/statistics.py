@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import is_linear
+from skillbank.attach import factors, is_linear
 from skillbank.model import Batch, Model, evaluating, on
 
-__all__ = ["fisher_factors", "input_grams"]
+__all__ = ["fisher_factors", "input_grams", "start_from_inputs"]
+
+T = TypeVar("T")
 
 
 def input_grams(model: Model, modules: Iterable[str], batches: Iterable[Batch], *, steps: int | None = None) -> dict[str, Tensor]:
@@ -81,6 +83,39 @@ def fisher_factors(model: Model, modules: Iterable[str], batches: Iterable[Batch
     return {name: (outputs[name] / counts[name], each / counts[name]) for name, each in _all_of(names, inputs).items()}
 
 
+def start_from_inputs(model: Model, batches: Iterable[Batch], *, steps: int | None = None) -> None:
+    """Turn the A of a fresh skill to where its layers' inputs vary most, so that training begins there; B stays 0, and so do the outputs.
+
+    A's rows become the first R principal components of the inputs over examples and tokens (arXiv 2410.07170, with the same rank everywhere).
+
+    Args:
+        model: with `fresh` factors on its net, linear layers all of them.
+        batches: of the task.
+        steps: how many of them; None for all.
+
+    Raises:
+        ValueError: a module that is no linear layer or has fewer inputs than ranks, no batches, or a module that never ran.
+
+    """
+    live = factors(model.net)
+    if narrow := next((name for name, (a, _) in live.items() if a.shape[1] < len(a)), None):
+        raise ValueError(f"module {narrow!r} has {live[narrow][0].shape[1]} inputs, fewer than rank {len(live[narrow][0])}: give a smaller rank")
+    found: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        flat = x.detach().flatten(0, -2).double()
+        count, total, squares = found.get(name, (0, 0.0, 0.0))
+        found[name] = count + len(flat), total + flat.sum(0), squares + flat.mT @ flat
+
+    with _hooked(model.net, live, look) as names, torch.no_grad():
+        _run(model, batches, steps, lambda _: None)
+        _all_of(names, found)
+        for name, (a, _) in live.items():
+            count, total, squares = found[name]
+            covariance = squares / count - torch.outer(total, total) / count**2
+            a.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(a) :].flip(-1).mT)
+
+
 @contextmanager
 def _hooked(
     net: nn.Module, modules: Iterable[str], look: Callable[[str, Tensor], None], look_back: Callable[[str, Tensor], None] | None = None
@@ -129,7 +164,7 @@ def _run(model: Model, batches: Iterable[Batch], steps: int | None, after: Calla
             after(module(on(device, batch)))
 
 
-def _all_of(names: list[str], found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _all_of(names: list[str], found: dict[str, T]) -> dict[str, T]:
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"modules {missing[:5]} never ran: give batches, and modules that the model's loss goes through")
     return found

@@ -1,11 +1,15 @@
 """Statistics of a model's layers, against what autograd says example by example."""
 
+import copy
+
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from skillbank import attach, fisher_factors, input_grams, merge
+from skillbank import attach, fisher_factors, fresh, input_grams, merge, start_from_inputs
+from skillbank.attach import factors
 from tests.tiny import close, random_skill
 
 
@@ -96,3 +100,42 @@ def test_what_cannot_be_gathered():
         merge(skills, method="fisher")
     with pytest.raises(ValueError, match=r"fisher needs factors \(4, 5\) of module 'first'"):
         merge(skills, method="fisher", fishers=[{}, {}])
+
+
+def test_factors_start_where_the_inputs_vary_most():
+    model = Small()
+    before = model(batches()[0])
+    fresh(model.net, rank=2, targets=["first", "second"])
+    start_from_inputs(model, batches())
+    close(model(batches()[0]), before)
+    x = torch.cat([batch["x"].flatten(0, 1) for batch in batches()])
+    with torch.no_grad():
+        inputs = {"first": x, "second": model.net["first"](x).tanh()}
+    for name, (a, b) in factors(model.net).items():
+        expected = torch.linalg.svd(inputs[name] - inputs[name].mean(0)).Vh[:2]
+        close(a.mT.double() @ a.double(), expected.mT @ expected, 1e-6)
+        close((a.double() * expected).sum(1).abs(), torch.ones(2).double(), 1e-6)
+        assert not b.any()
+    fresh(model.net, rank=5, targets=["second"])
+    with pytest.raises(ValueError, match="module 'second' has 4 inputs, fewer than rank 5: give a smaller rank"):
+        start_from_inputs(model, batches())
+    fresh(model.net, rank=2, targets=["second"])
+    with pytest.raises(ValueError, match=r"modules \['second'\] never ran"):
+        start_from_inputs(model, [])
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT about the rank that it keeps
+def test_they_start_as_those_of_peft():
+    model, rows = nn.Module(), torch.randn(64, 12, generator=torch.Generator().manual_seed(2)) * 0.5 ** torch.arange(12)
+    torch.manual_seed(0)
+    model.net = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+    model.forward = lambda batch: model.net(batch["x"]).square().mean()
+    config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
+    theirs = peft.get_peft_model(copy.deepcopy(model.net), config)
+    options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize_lora_eva_weights(theirs, [{"x": rows}] * 4, forward_fn=lambda net, batch: net(batch["x"]), **options)
+    fresh(model.net, rank=3)
+    start_from_inputs(model, [{"x": rows}])
+    for name, (a, _) in factors(model.net).items():
+        expected = theirs.base_model.model.get_submodule(name).lora_A.default.weight
+        close(a.mT @ a, expected.mT @ expected, 2e-3)  # theirs are of a randomised decomposition
