@@ -76,8 +76,8 @@ def concatenation(data: Mapping[str, Demonstrations], seed: int, *, episodes: in
         parts.append(tuple(array[first : first + length] for array in (source.observations, source.actions, source.rewards)))
         lengths.append(length)
     edges = np.cumsum([0, *lengths])
-    arrays = (np.concatenate(part) for part in zip(*parts, strict=True))
-    demonstrations = Demonstrations(*arrays, edges[::pieces], f"concatenation {seed}")
+    observations, actions, rewards = (np.concatenate(part) for part in zip(*parts, strict=True))
+    demonstrations = Demonstrations(observations, actions, rewards, edges[::pieces], f"concatenation {seed}")
     return Concatenation(demonstrations, np.setdiff1d(edges, edges[::pieces]), np.repeat(tasks, lengths))
 
 
@@ -87,8 +87,8 @@ def uniform(demonstrations: Demonstrations, every: int = 275) -> Cuts:
     return np.concatenate(parts)
 
 
-def jumps(demonstrations: Demonstrations, deviations: float = 4.0, minimum: int = 60) -> Cuts:
-    """Cut where the observation moves farthest in one step, by so many deviations more than in the median one, and not within `minimum` of another."""
+def jumps(demonstrations: Demonstrations, deviations: float = 1.5, minimum: int = 60) -> Cuts:
+    """Cut where the observation moves farthest in one step: so many deviations above the median, and `minimum` steps from any other cut."""
     x = demonstrations.observations / demonstrations.observations.std(0)
     step = np.linalg.norm(np.diff(x, axis=0, prepend=x[:1]), axis=1)
     step[demonstrations.starts[:-1]] = 0.0
@@ -101,7 +101,7 @@ def jumps(demonstrations: Demonstrations, deviations: float = 4.0, minimum: int 
     return np.sort(np.array(found, np.int64))
 
 
-def papers(signal: Signal, starts: Cuts, *, margin: float = 0.2, window: int = 30, minimum: int = 60) -> Cuts:
+def papers(signal: Signal, starts: Cuts, *, margin: float = 0.3, window: int = 30, minimum: int = 60) -> Cuts:
     """Cut where the running mean of the error is above its mean since the last cut by a margin."""
     found = []
     for first, last in pairwise(starts):
@@ -150,18 +150,19 @@ def run(kinds: Sequence[str], seeds: Iterable[int], names: Sequence[str]) -> lis
 
 
 def tables(rows: Sequence[stored.Row]) -> str:
-    """Mean and standard deviation over the seeds: of the concatenations, and what share of the cuts is found where only the state changes."""
+    """Mean and standard deviation over the seeds; of the controls the share of cuts that are found, and what is found per cut, there or not."""
     shown = []
     for data, way in dict.fromkeys((row["data"], row["way"]) for row in rows):
         mine = [row for row in rows if (row["data"], row["way"]) == (data, way)]
-        scores = [row["values"] for row in mine if "control" not in row]
-        cells = {key: f"{np.mean(of):.3f} +- {np.std(of):.3f}" for key in scores[0] for of in [[each[key] for each in scores]]}
-        controls: dict[str, list[str]] = {}
-        for row in mine:
-            if "control" in row:
-                controls.setdefault(row["control"].partition("_")[0], []).append(row["values"]["recall"])
-        alone = {f"{task} alone": f"{np.mean(np.array(of, float)):.2f}" for task, of in controls.items()}
-        shown.append({"data": data, "cut by": way, **cells, **alone})
+        line = {"data": data, "cut by": way}
+        for control in dict.fromkeys(row.get("control") for row in mine):
+            values = [row["values"] for row in mine if row.get("control") == control]
+            of = {key: [each[key] for each in values] for key in values[0]}
+            if control is None:
+                line |= {key: f"{np.mean(each):.2f} +- {np.std(each):.2f}" for key, each in of.items()}
+            else:
+                line[f"{control.partition('_')[0]} alone"] = " / ".join(f"{np.mean(each):.2f}" for each in of.values())
+        shown.append(line)
     return markdown(shown)
 
 

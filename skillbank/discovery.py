@@ -85,11 +85,11 @@ class Discovered:
     def save(self, path: str | Path) -> None:
         """Write an npz file for `load_demonstrations`; the lineage is in it as `source`, `hash` and `segments` (S, 3): episode, first, last."""
         data = self.demonstrations
-        timeouts = np.zeros(len(data.rewards), bool)
-        timeouts[data.starts[1:] - 1] = True
+        timeouts = np.isin(np.arange(len(data.rewards)), data.starts[1:] - 1)
         where = np.array([[segment.episode, segment.first, segment.last] for segment in self.segments])
         arrays = {"observations": data.observations, "actions": data.actions, "rewards": data.rewards, "timeouts": timeouts, "segments": where}
-        np.savez_compressed(path, allow_pickle=False, source=np.array(self.source), hash=np.array(self.hash), **arrays)
+        more = {} if data.costs is None else {"costs": data.costs}
+        np.savez_compressed(path, allow_pickle=False, source=np.array(self.source), hash=np.array(self.hash), **arrays, **more)
 
 
 def discover(
@@ -150,7 +150,8 @@ def errors(model: nn.Module, demonstrations: Demonstrations, *, draws: int = 16,
         ValueError: a model without such losses, demonstrations of other sizes than its own, or no draws.
 
     """
-    losses = getattr(model, "losses", None)
+    policy: Any = model
+    losses = getattr(policy, "losses", None)
     if not callable(losses) or draws < 1:
         given = f"{type(model).__name__} with losses: {callable(losses)}, {draws=}"
         raise ValueError(f"errors need a model with losses(batch), the loss of every row, such as a base or a skill on it, and a draw, got {given}")
@@ -158,7 +159,7 @@ def errors(model: nn.Module, demonstrations: Demonstrations, *, draws: int = 16,
     devices = [device] if device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         try:
-            horizon = model.predict({"observation": torch.from_numpy(demonstrations.observations[:1]).to(device)}).shape[1]
+            horizon = policy.predict({"observation": torch.from_numpy(demonstrations.observations[:1]).to(device)}).shape[1]
             examples = Examples(demonstrations, horizon)
             found = []
             for rows in torch.arange(-(-steps // size) * size).clamp(max=steps - 1).split(size):  # whole batches: what is drawn depends on their size
@@ -321,10 +322,12 @@ class _Alike(TorchDispatchMode):
 
 
 def _piece(demonstrations: Demonstrations, kind: Sequence[Segment]) -> Demonstrations:
-    """Segments as episodes."""
+    """Segments as episodes; where they are cut nothing ends."""
     rows = np.concatenate([demonstrations.starts[each.episode] + np.arange(each.first, each.last + 1) for each in kind])
-    arrays = (getattr(demonstrations, name)[rows] for name in ("observations", "actions", "rewards"))
-    return Demonstrations(*arrays, np.cumsum([0, *map(len, kind)]), f"{len(kind)} segments of {demonstrations.source}")
+    observations, actions, rewards = (array[rows] for array in (demonstrations.observations, demonstrations.actions, demonstrations.rewards))
+    costs = None if demonstrations.costs is None else demonstrations.costs[rows]
+    starts = np.cumsum([0, *map(len, kind)])
+    return Demonstrations(observations, actions, rewards, starts, f"{len(kind)} segments of {demonstrations.source}", costs=costs)
 
 
 def _deviation(x: Floats, starts: NDArray[np.int64], block: int) -> Floats:

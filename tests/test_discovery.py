@@ -1,5 +1,6 @@
 """Skills found in demonstrations that nobody has cut up: boundaries, kinds, scores, and from the command line to the bank."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -142,15 +143,22 @@ def test_errors_are_the_losses_of_every_step_and_come_again():
     assert ratio == pytest.approx(np.full(64, ratio[0]), rel=1e-5)
 
 
+def test_costs_go_along(tmp_path):
+    data = demonstrations((90, 120))
+    data = dataclasses.replace(data, costs=np.arange(210))
+    (found,) = discover(data, [tiny_policy()], skills=1, draws=1)
+    found.save(tmp_path / "0.npz")
+    assert load_demonstrations(str(tmp_path / "0.npz")).costs.tolist() == list(range(210))
+
+
 def test_longer_action_chunks_have_errors_too():
     assert np.isfinite(errors(tiny_policy(horizon=4), demonstrations(), draws=2, size=64)).all()
 
 
 def test_what_cannot_be():
-    with pytest.raises(
-        ValueError, match=r"tiny 0 does not go with this DiffusionPolicy: this policy reads observations \(B, 7\).*a base of its sizes"
-    ):
-        errors(type(tiny_policy())(7, 3, width=16, blocks=1, time_dim=8, time_hidden=(8, 8)), demonstrations())
+    wide = DiffusionPolicy(7, 3, width=16, blocks=1, time_dim=8, time_hidden=(8, 8))
+    with pytest.raises(ValueError, match=r"tiny 0 does not go with this DiffusionPolicy: .*\(B, 7\), got \(1, 5\): give a base of its sizes"):
+        errors(wide, demonstrations())
     with pytest.raises(ValueError, match=r"errors need a model with losses.*got Linear with losses: False"):
         errors(torch.nn.Linear(2, 2), demonstrations())
     with pytest.raises(ValueError, match="episode 1 has 30 steps, a segment at least 60: leave it out, or lower minimum"):
