@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -242,13 +242,21 @@ def read_results() -> list[dict[str, Any]]:
     return stored.load(RESULTS) if RESULTS.exists() else []
 
 
-def compute(scenario: str, setting: str, row: str, seed: int, overrides: tuple[str, ...] = (), episodes: int = 10) -> dict[str, Any]:
+def compute(
+    scenario: str,
+    setting: str,
+    row: str,
+    seed: int,
+    overrides: tuple[str, ...] = (),
+    episodes: int = 10,
+    rows: Mapping[str, Callable[[Study, str], Model]] = ROWS,
+) -> dict[str, Any]:
     """Train what the cell needs, run its test episodes and return its result row."""
     started = time.time()
     study = Study(setting, seed, overrides)
     task = study.task(SCENARIOS[scenario][0])
     task.max_steps = 20 if overrides else None
-    model = ROWS[row](study, scenario)
+    model = rows[row](study, scenario)
     trained = time.time() - started
     rollout = task.rollout(model, episodes=episodes)
     return {

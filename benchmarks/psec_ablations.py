@@ -1,0 +1,168 @@
+"""What in the paper's recipe matters, on S->W from ten demonstrations of the deterministic expert (arXiv 2502.05932, figures 13 and 14).
+
+python -m benchmarks.psec_ablations --from-results     the table from benchmarks/results/psec_ablations.jsonl
+python -m benchmarks.psec_ablations                    what is missing there is trained and evaluated, row by row; stop and start it at will
+python -m benchmarks.psec_ablations --quick            one tiny cell of each row, to see that it runs
+
+`rank-R`: skill and gate as in `psec_continual`, of another rank (8 is its `psec`); `rank-R-alone` without the gate. `mlp`: a dense delta per layer
+instead of factors, PSEC(MLP), started at random as the paper's curve suggests, or at 0 (`mlp-zero`: nothing but fine-tuning the weights, gated);
+`mlp-alone` without the gate. `reg-mean`, `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was
+trained with Mish with SiLU instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+import skillbank as sb
+from benchmarks import psec_continual, stored
+from benchmarks.psec_continual import BASE, ROOT, SCENARIOS, Study, compute
+from skillbank.model import Model, ModelModule
+from skillbank.models.diffusion import Mish
+from skillbank.report import markdown
+
+RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
+SCENARIO, SETTING = "S->W", "det10"
+GATE = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant")
+GATE = (*GATE, "batch_size=512", "gate=official", "standardise=false")
+
+
+def ranked(study: Study, scenario: str, rank: int, *, gated: bool = True) -> Model:
+    """The paper's recipe with another rank."""
+    task = SCENARIOS[scenario][0]
+    skill = study.train(task, f"paper-rank-{rank}", "experiment=paper", f"lora.rank={rank}")
+    return study.load(study.compose(scenario, f"psec-rank-{rank}", [skill], *GATE) if gated else skill)
+
+
+def dense(study: Study, scenario: str, *, zero: bool, gated: bool = True) -> Model:
+    """PSEC(MLP): a delta of full rank for every layer, trained at scale 1, with the steps and the batches of a skill."""
+    name = f"{'dense-zero' if zero else 'dense'}/{study.setting}/seed-{study.seed}/{SCENARIOS[scenario][0]}"
+    try:
+        study.bank.resolve(name)
+    except KeyError:
+        print(f"-- {name}", flush=True)
+        study.bank.put(_dense_skill(study, scenario, zero=zero), name, card={"base": BASE})
+    if not gated:
+        return study.load(name)
+    recipe = "psec-mlp-zero" if zero else "psec-mlp"
+    return study.load(study.compose(scenario, recipe, [name], *GATE, "gate.scale=1.0"))
+
+
+def _dense_skill(study: Study, scenario: str, *, zero: bool) -> sb.Skill:
+    model: ModelModule = sb.load(BASE, study.bank, plan="reference")
+    torch.manual_seed(study.seed)
+    layers = {name: layer for name, layer in model.net.named_modules() if isinstance(layer, nn.Linear)}
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    for layer in () if zero else layers.values():
+        with torch.no_grad():
+            layer.weight += torch.randn_like(layer.weight) / layer.in_features**0.5
+    _train(study, scenario, model, [layer.weight for layer in layers.values()])
+    found = {}
+    for name, layer in layers.items():
+        delta = layer.weight.detach() - before[name]
+        out, width = delta.shape
+        found[name] = (delta, torch.eye(out)) if out < width else (torch.eye(width), delta)
+    return sb.Skill(found)
+
+
+def _train(study: Study, scenario: str, model: nn.Module, params: list[nn.Parameter]) -> None:
+    """As `experiment=paper` trains a skill."""
+    for layer in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        layer.p = 0.1
+    batches = study.task(SCENARIOS[scenario][0]).batches(batch_size=8 if study.overrides else 256, seed=study.seed)
+    sb.fit(model, batches, params, steps=3 if study.overrides else 10000, lr=3e-4, weight_decay=1e-4, seed=study.seed)
+
+
+def regularised(study: Study, scenario: str, kind: str) -> Model:
+    """PSEC with one of the official code's regularisers."""
+    return study.load(study.compose(scenario, f"psec-{kind}", study.paper_skills(scenario), *GATE, f"regulariser={kind}"))
+
+
+def mismatched(study: Study, scenario: str) -> Model:
+    """A skill that runs the base with SiLU, which was trained with Mish."""
+    model = study.load(BASE)
+    for name, module in list(model.net.named_modules()):
+        if isinstance(module, Mish):
+            parent, _, child = name.rpartition(".")
+            setattr(model.net.get_submodule(parent), child, nn.SiLU())
+    torch.manual_seed(study.seed)
+    _train(study, scenario, model, sb.fresh(model.net, rank=8, scale=16.0))
+    return model.eval()
+
+
+ROWS: dict[str, Callable[[Study, str], Model]] = {
+    **{f"rank-{rank}": partial(ranked, rank=rank) for rank in (4, 16, 32, 64)},
+    **{f"rank-{rank}-alone": partial(ranked, rank=rank, gated=False) for rank in (4, 16, 32, 64)},
+    "mlp": partial(dense, zero=False),
+    "mlp-alone": partial(dense, zero=False, gated=False),
+    "mlp-zero": partial(dense, zero=True),
+    "mlp-zero-alone": partial(dense, zero=True, gated=False),
+    "reg-mean": partial(regularised, kind="mean"),
+    "reg-code": partial(regularised, kind="code"),
+    "swish": mismatched,
+}
+KEPT = {"rank-8": "psec", "rank-8-alone": "lora"}
+"""Rows that `psec_continual` has."""
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Stored rows, with those of `psec_continual` that belong to them."""
+    own = stored.load(RESULTS) if RESULTS.exists() else []
+    others = {f"{SCENARIO}/{SETTING}/{row}": name for name, row in KEPT.items()}
+    return own + [each | {"name": f"{SCENARIO}/{SETTING}/{others[each['name']]}"} for each in psec_continual.read_results() if each["name"] in others]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean over seeds and episodes, its interval, and the mean of every seed."""
+    lines = []
+    for row in sorted({*ROWS, *KEPT}, key=lambda name: [int(part) if part.isdigit() else part for part in name.split("-")][:2]):
+        found = sorted((each for each in results if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
+        if found:
+            low, high = psec_continual.interval([each["returns"] for each in found])
+            mean = sum(each["mean"] for each in found) / len(found)
+            lines.append(
+                {"row": row, "mean": f"{mean:.0f}", "95 %": f"{low:.0f}..{high:.0f}", "per seed": " ".join(f"{each['mean']:.0f}" for each in found)}
+            )
+    return markdown(lines) if lines else "no results yet"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-results", action="store_true", help="print what is stored and compute nothing")
+    parser.add_argument("--quick", action="store_true", help="every row with a few steps; stores nothing")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.chdir(ROOT)
+    if options.quick:
+        shutil.rmtree(Path("runs/psec_continual/quick"), ignore_errors=True)
+        quick = ("fit.steps=3", "batch_size=8")
+        print(table([compute(SCENARIO, SETTING, row, 0, quick, episodes=1, rows=ROWS) for row in options.rows]))
+        return
+    for seed in () if options.from_results else options.seeds:
+        for row in options.rows:
+            if any((each["name"], each["seed"]) == (f"{SCENARIO}/{SETTING}/{row}", seed) for each in read_results()):
+                continue
+            result = compute(SCENARIO, SETTING, row, seed, rows=ROWS)
+            print(f"== {result['name']} seed {seed}: {result['mean']:.0f}", flush=True)
+            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    print(table(read_results()))
+
+
+if __name__ == "__main__":
+    main()
