@@ -7,10 +7,13 @@ THREADS ?= 2
 export OMP_NUM_THREADS = $(THREADS)
 export MKL_NUM_THREADS = $(THREADS)
 
-.PHONY: demo test lint bench experts bullet clean
+.PHONY: demo example-safe test lint bench experts bullet clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
+
+example-safe: $(INSTALLED)
+	$(BIN)/python -m benchmarks.example_safe
 
 test: THREADS = 1
 test: $(INSTALLED)
