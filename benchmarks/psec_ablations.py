@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
@@ -34,8 +34,8 @@ from skillbank.report import markdown
 
 RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
 SCENARIO, SETTING = "S->W", "det10"
-GATE = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant")
-GATE = (*GATE, "batch_size=512", "gate=official", "standardise=false")
+PLAIN = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "batch_size=512")
+GATE = (*PLAIN, "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant", "gate=official", "standardise=false")
 
 
 def ranked(study: Study, scenario: str, rank: int, *, gated: bool = True) -> Model:
@@ -67,7 +67,7 @@ def _dense_skill(study: Study, scenario: str, *, zero: bool) -> sb.Skill:
     for layer in () if zero else layers.values():
         with torch.no_grad():
             layer.weight += torch.randn_like(layer.weight) / layer.in_features**0.5
-    _train(study, scenario, model, [layer.weight for layer in layers.values()])
+    _train(study, scenario, model, [cast("nn.Parameter", layer.weight) for layer in layers.values()])
     found = {}
     for name, layer in layers.items():
         delta = layer.weight.detach() - before[name]
