@@ -57,7 +57,8 @@ def test_the_table_of_merge_methods_is_the_one_that_they_tell():
 PAGES = {
     "merge": ["merge", "merge_files", "merge_entries", "merge_quality", "folding"],
     "runtime": ["runtime", "policy", "training"],
-    "language": ["strings"],
+    "language": ["strings", "language", "real_model"],
+    "walker": ["discovery"],
 }
 
 
