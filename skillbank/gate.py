@@ -86,7 +86,11 @@ class MLPGate(nn.Module):
 
     def features(self, context: Tensor) -> Tensor:
         """What the head sees, (B, H) or (B, T, H)."""
-        return self.body((context - self.mean) / self.deviation)
+        return self.body(self.standardised(context))
+
+    def standardised(self, context: Tensor) -> Tensor:
+        """What the body sees: a context (B, D) or (B, T, D) in standard deviations."""
+        return (context - self.mean) / self.deviation
 
     @property
     def constant(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -113,20 +114,24 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         resume: as in `train`.
 
     Raises:
-        ValueError: both or neither of merge and gate, a critic for a merge, skills that do not go together, or a search without base or examples.
+        ValueError: both or neither of merge and gate, a critic or online steps for a merge, skills that do not go together, a search without base or
+            examples, or a gate or a task that online training cannot take.
+        ImportError: online training needs a package that is not installed.
 
     """
-    chosen, gate = conf.get("merge"), conf.get("gate")
+    chosen, gate, online = conf.get("merge"), conf.get("gate"), dict(conf.get("online") or {"steps": 0})
     if (chosen is None) == (gate is None):
         raise ValueError("give either a merge (merge=stack, merge=svd) or a gate (gate=mlp, gate=constant)")
     if chosen is not None and conf.get("critic") is not None:
         raise ValueError(f"a merge learns from no examples that critic={conf['critic']} could weight: leave it out, or train a gate")
+    if chosen is not None and online["steps"]:
+        raise ValueError(f"a merge has no gate that online.steps={online['steps']} could train: leave it out, or give gate=mlp")
     if conf["skills"] == "search":
         conf = {**conf, "skills": _searched(conf, bank)}
     conf, task, critics, metrics = _weighted(conf, bank)
     base, model, skills, refs = skills_on_base(bank, conf["skills"])
     name = conf["name"] or composition_name(task.name, base, refs)
-    keys = ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "seed", "batch_size")
+    keys = ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "online", "seed", "batch_size")
     folder = _folder("compose", name, conf, keys, bank, [base, *refs, *critics], task)
     torch.manual_seed(conf["seed"])
     if chosen is not None:
@@ -143,16 +148,28 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
         network.standardise(torch.cat([model.context(batch).flatten(0, -2) for batch in islice(batches(0), 40)]))
+    if online["steps"]:
+        _online().check_online(network, task)
     mixture = Mixture(model.net, skills)
     fuse(model.net, mixture)
     composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     data = task.data
     if isinstance(network, Prototypes):
         data = _place(network, model, [_task(bank.card(ref).conf) for ref in refs], conf)
-    if params := list(network.parameters()):
+    if (params := list(network.parameters())) and conf["fit"]["steps"]:
         metrics |= _fit(composed, params, conf, name, task, folder if resume else None)
+    if online["steps"]:
+        metrics |= _online().reinforce(composed, task, seed=conf["seed"], progress=conf["fit"].get("progress", True), **online).metrics
     composition = Composition(base, refs, gate=gate, tensors=network.state_dict())
     return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, composed, task, folder)
+
+
+def _online() -> Any:
+    """`skillbank.online`, whose package is optional."""
+    try:
+        return import_module("skillbank.online")
+    except ImportError as error:
+        raise ImportError(f"online training needs {error.name}: pip install 'skillbank[online]'") from None
 
 
 def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, float]]:

@@ -38,7 +38,8 @@ ORDER = [
     ),
     "localise",
     *("merge", "bank", "gate", "mixture", "routers", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
-    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "levels", "unlearn", "evaluation", "discovery", "report", "display", "cli"),
+    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "online"),
+    *("levels", "unlearn", "evaluation", "discovery", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""
 
@@ -55,7 +56,7 @@ HOMES = {
     "filelock": {"bank.sealed"},
     "fsspec": {"bank.remote"},
     "datasets": {"tasks.records"},
-    "gymnasium": {"tasks.ball", "tasks.environments"},
+    "gymnasium": {"online", "tasks.ball", "tasks.environments"},
     "h5py": {"tasks.demonstrations"},
     "huggingface_hub": {"bank.hub"},
     "hydra": {"recipe"},
@@ -70,6 +71,7 @@ HOMES = {
     "PIL": {"report"},
     "rich": {"display"},
     "safetensors": {"tensors", "bank.records"},
+    "stable_baselines3": {"online"},
     "tokenizers": {"tokenizer"},
     "tqdm": {"fit"},
     "transformers": {"attach", "shards", "models.encoder", "models.pretrained", "models.transformer", "tasks.tokens", "tokenizer"},
@@ -92,6 +94,7 @@ OPTIONAL = [
     "mujoco",
     "omegaconf",
     "rich",
+    "stable_baselines3",
     "triton",
     "typer",
     "wandb",

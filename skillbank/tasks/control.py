@@ -179,15 +179,25 @@ class ControlTask:
             ValueError: the demonstrations, the environment and the model differ in size, or the actions are not finite.
 
         """
-        from skillbank.tasks.environments import environment_sizes
         from skillbank.tasks.rollouts import rollout
+
+        self.check_environment()
+        seeds = self.environment_seeds(seed, episodes)
+        return rollout(model, self.environment, seeds, execute=self.execute, max_steps=self.max_steps, record=record, frame_every=frame_every)
+
+    def check_environment(self) -> None:
+        """Check that the environment is there and of the sizes of the demonstrations.
+
+        Raises:
+            ValueError: it is not.
+
+        """
+        from skillbank.tasks.environments import environment_sizes
 
         sizes = environment_sizes(self.environment)
         if sizes != (self.observation_dim, self.action_dim):
             mine = f"{self.demonstrations.source} has {self.observation_dim} and {self.action_dim}"
             raise ValueError(f"environment {self.environment!r} has {sizes[0]} observations and {sizes[1]} actions, but {mine}: they must be equal")
-        seeds = self.environment_seeds(seed, episodes)
-        return rollout(model, self.environment, seeds, execute=self.execute, max_steps=self.max_steps, record=record, frame_every=frame_every)
 
     def environment_seeds(self, seed: int = 0, episodes: int | None = None) -> list[int]:
         """Environment seeds of the evaluation episodes of `seed`; fewer episodes are a prefix of more."""
