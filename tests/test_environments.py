@@ -125,6 +125,12 @@ except RuntimeError as error:
     assert "cannot render dm_control/walker-walk with MUJOCO_GL=disable: install libegl1" in done.stdout
 
 
+def test_compilers_live_with_renderers():
+    code = "from skillbank.tasks.environments import make_environment as m; m('dm_control/walker-walk').reset(seed=0); import triton; print('lives')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "lives"), done.stderr[-1000:]
+
+
 def test_without_dm_control_the_way_out_is_named(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setitem(sys.modules, "dm_control.suite", None)

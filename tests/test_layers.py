@@ -75,7 +75,7 @@ HOMES = {
     "tokenizers": {"tokenizer"},
     "tqdm": {"fit"},
     "transformers": {"attach", "shards", "models.encoder", "models.pretrained", "models.transformer", "tasks.tokens", "tokenizer"},
-    "triton": {"runtime.kernels"},
+    "triton": {"runtime.kernels", "tasks.environments"},
     "typer": {"cli.app", "cli.look", "cli.write"},
     "wandb": {"artifacts", "fit"},
 }

@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any, cast
@@ -138,6 +139,8 @@ def _flat(observation: dict[str, Any]) -> NDArray[np.float32]:
 @cache
 def _suite() -> Any:
     """`dm_control.suite`, which chooses its renderer when imported: EGL where nothing else is said, because it needs no display."""
+    with suppress(ImportError):
+        import_module("triton")  # whose compiler crashes the process if Mesa's, which EGL may load, is there before it
     try:
         if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
             os.environ["MUJOCO_GL"] = "egl"
