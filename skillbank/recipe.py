@@ -25,6 +25,7 @@ from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
 from skillbank.gate import MLPGate
 from skillbank.kshot import best_skills
+from skillbank.learn import search_weights
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
 from skillbank.mixture import Composed, Mixture, see
@@ -135,13 +136,17 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     folder = _folder("compose", name, conf, keys, bank, [base, *refs, *critics], task)
     torch.manual_seed(conf["seed"])
     if chosen is not None:
+        data = {}
+        if conf["weights"] == "search":
+            looked_at = islice(task.batches(batch_size=conf["batch_size"], seed=conf["seed"])(0), 4)
+            conf, data = {**conf, "weights": search_weights(model, skills, looked_at, seed=conf["seed"])[0]}, task.data
         options = {key: value for key, value in {**chosen, "weights": conf["weights"]}.items() if value is not None}
         merged = merge(skills, **options)
         assert merged.certificate is not None
         attach(model.net, merged)
         composition = Composition(base, refs, merge=options)
         metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
-        return Made(composition, name, {"conf": conf, "data": {}, "metrics": metrics}, model, task, folder)
+        return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, model, task, folder)
     assert gate is not None
     see(model, gate.get("view") or {})
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}

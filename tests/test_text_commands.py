@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 import skillbank as sb
 from compose import compose
@@ -40,6 +41,7 @@ def home(tmp_path_factory):
         ("mlp", "MLPGate", ["gate.hidden=[8]"]),
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={tokens:true}"]),
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={layer:1}"]),
+        ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.k=1", "gate.init=uniform"]),
         ("prototypes", "Prototypes", ["gate.k=1"]),
         ("arrow", "Arrow", ["gate.k=1"]),
         ("constant", "ConstantGate", []),
@@ -62,6 +64,28 @@ def test_every_gate_is_made_reported_kept_and_made_again(home, monkeypatch, caps
     assert sb.rebuild(ref, bank).equal
     loaded = sb.load(ref, bank)
     assert len(sb.complete(loaded, ["double ab:", "reverse abc:"], max_new_tokens=3)) == 2
+
+
+def test_weights_of_a_merge_are_searched_for(home, monkeypatch):
+    monkeypatch.chdir(home)
+    made = ["task.name=both", "task.data=double.jsonl", "skills=[reverse,double]", "name=searched", "merge=stack", "weights=search", "report=false"]
+    ref = compose(composed("compose", *FEW, *made))
+    bank = sb.Bank("bank")
+    weights = bank.get(ref).merge["weights"]
+    assert len(weights) == 2
+    assert any(weights)
+    assert set(bank.card(ref).data) == {"double.jsonl"}
+    assert bank.card(ref).conf["weights"] == weights
+    assert sb.rebuild(ref, bank).equal
+
+
+def test_a_skill_may_start_where_the_inputs_vary_most(home, monkeypatch):
+    monkeypatch.chdir(home)
+    made = ["task.name=eva", "task.data=double.jsonl", "base=base", "lora.rank=2", "lora.init=eva"]
+    bank, ref = sb.Bank("bank"), train(composed("train", *FEW, *made))
+    assert bank.get(ref).ranks == bank.get("double").ranks
+    assert sb.rebuild(ref, bank).equal
+    assert not torch.equal(bank.get(ref)[next(iter(bank.get(ref)))][0], bank.get("double")[next(iter(bank.get(ref)))][0])
 
 
 def test_bases_and_skills_are_made_again(home, monkeypatch):
