@@ -91,9 +91,10 @@ def row(name: str, seed: int | None, returns: Sequence[float], machine: stored.R
     return {"name": name, "seed": seed, "returns": [round(each, 2) for each in returns], **more, **machine}
 
 
-def run(done: Sequence[stored.Row], seeds: Iterable[int], *, steps: int, episodes: int = 10) -> Iterable[stored.Row]:
+def run(done: Sequence[stored.Row], seeds: Iterable[int], *, steps: int, episodes: int = 10, max_steps: int | None = None) -> Iterable[stored.Row]:
     """Rows that are not done yet, one after the other."""
     task, machine = run_task(), stored.where()
+    task.max_steps = max_steps
     known = {(row["name"], row["seed"]) for row in done}
     for name, ref in ((name, ref) for name, ref in UNTOUCHED.items() if (name, None) not in known):
         yield row(name, None, task.rollout(sb.load(ref, "adapters"), episodes=episodes).returns.tolist(), machine, steps=0)
@@ -105,7 +106,7 @@ def run(done: Sequence[stored.Row], seeds: Iterable[int], *, steps: int, episode
             rollout = task.rollout(composed, episodes=episodes, record=0, frame_every=0)
             assert rollout.recording is not None
             weights = composed.shown({"observation": torch.from_numpy(rollout.recording.observations)})
-            shown = {"mean": weights.mean(0).round(3).tolist(), "deviation": weights.std(0).round(3).tolist()}
+            shown = {"mean": weights.mean(0).tolist(), "deviation": weights.std(0).tolist()}
             yield row(
                 name, seed, rollout.returns.tolist(), machine, weights=shown, seconds=round(spent), steps=int(metrics.pop("online_steps")), **metrics
             )
@@ -134,11 +135,12 @@ def table(rows: Sequence[stored.Row]) -> str:
 
 def main() -> None:
     """Run, store and print."""
-    options = stored.parser(__doc__, "a rollout of each gate, one short row of each").parse_args()
+    options = stored.parser(__doc__, "one short row of each").parse_args()
+    torch.set_num_threads(1)
     if options.from_results:
         print(table(stored.load(RESULTS)))
     elif options.quick:
-        print(table(list(run([], [0], steps=1024, episodes=1))))
+        print(table(list(run([], [0], steps=1024, episodes=1, max_steps=20))))
     else:
         rows = stored.load(RESULTS) if RESULTS.exists() else []
         for each in run(tuple(rows), SEEDS, steps=STEPS):

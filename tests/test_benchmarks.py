@@ -55,6 +55,12 @@ def test_merging_files_entries_and_folding():
     assert [(row[""], row["changed"], row["drift"]) for row in folding if row[""] == "ours"] == [("ours", "0.0%", "0")] * 2
 
 
+def test_gates_by_reward():
+    rows = rows_of(run("benchmarks.gate_by_reward", "--quick"))
+    assert [row["environment steps"] for row in rows] == ["", "", "", "", *3 * ["1,024"]]
+    assert all(row["weights"].count("+-") == (2 if "run" in row[""] else 1) for row in rows[4:])
+
+
 def test_running_and_training_beside_their_peers():
     layer = run("benchmarks.runtime", "--quick")
     assert layer.returncode == 0, layer.stderr[-2000:]

@@ -12,13 +12,16 @@ from torch import nn
 
 import skillbank as sb
 from skillbank import recipe
+from skillbank.fit import fit
 from skillbank.gate import ConstantGate, MLPGate
 from skillbank.mixture import Composed
+from skillbank.models.critics import Critic
 from skillbank.online import check_online, reinforce
 from skillbank.routers import Prototypes
 from skillbank.skill import Skill
 from skillbank.tasks.control import ControlTask
 from skillbank.tasks.labels import LabelTask
+from skillbank.tasks.offline import OfflineTask
 from tests.commands import Commands
 from tests.test_configs import SMALL
 from tests.test_offline import configured
@@ -55,7 +58,7 @@ class Line(nn.Module):
         nn.init.zeros_(self.net[0].weight)
 
     def forward(self, batch):
-        return (self.predict(batch) - batch["action"]).square().mean()
+        return (batch.get("weight", 1) * (self.predict(batch) - batch["action"]).square().flatten(1).mean(1)).mean()
 
     def context(self, batch):
         return batch["observation"]
@@ -145,6 +148,27 @@ def test_several_actions_a_decision_until_the_episode_ends(task):
     assert done.algorithm.num_timesteps == 8 * 8
     assert done.metrics["online_steps"] == 8 * 2 * (3 + 3 + 3 + 1)
     assert 0 < done.metrics["online_return"] < 10
+
+
+@pytest.mark.usefixtures("task")
+def test_offline_a_critic_tells_a_gate_the_same(tmp_path):
+    """Demonstrations that are right as often as wrong teach nothing; weighted by the advantages of a critic that learned from them, they do."""
+    rng = np.random.default_rng(0)
+    observations, actions = np.stack([rng.uniform(-1, 1, (4, 500)), np.ones((4, 500))], -1), rng.choice([-1.0, 1.0], (4, 500, 1))
+    arrays = {"observations": observations, "actions": actions, "rewards": 1 - abs(actions[..., 0] - np.sign(observations[..., 0])) / 2}
+    np.savez(tmp_path / "b.npz", **{key: value.astype(np.float32) for key, value in arrays.items()})
+    task = OfflineTask(name="halves", demonstrations=str(tmp_path / "b.npz"), environment="Halves-v0")
+    batches, returns = task.batches(batch_size=128, seed=0), []
+    for weighted in (False, True):
+        if weighted:
+            critic = Critic(2, 1, hidden=(32,), discount=0.0, tau=0.1, beta=5.0)
+            fit(critic, batches, critic.parameters(), steps=400, lr=1e-2, device="cpu", progress=False)
+            task.weigh(critic)
+        composed = halves()
+        fit(composed, batches, composed.gate.parameters(), steps=300, lr=1e-2, device="cpu", progress=False)
+        returns.append(task.evaluate(composed)["return"])
+    assert returns[0] < 13
+    assert returns[1] > 17
 
 
 @pytest.mark.parametrize(
