@@ -1,0 +1,275 @@
+"""The paper's claims, one by one, against what is stored here: effect, interval, seeds and verdict (arXiv 2502.05932).
+
+python -m benchmarks.claims                     the verdicts
+python -m benchmarks.claims --page > docs/results.md      the page: verdicts, and every table that they rest on
+
+A claim is a few comparisons of two rows. The effect of one is the difference of their means over all training seeds and episodes; its interval
+holds 95 % of the differences when seeds are drawn with replacement, and episodes within each (arXiv 2108.13264). A comparison holds where the
+interval lies above 0 and fails where it lies below. A claim is reproduced where all of its comparisons hold, not reproduced where one fails,
+inconclusive where none fails and some are neither, and open where rows are missing. Fewer than three seeds decide nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks import psec_ablations, psec_continual, psec_dynamics, psec_safe
+from skillbank.report import markdown
+
+Seeds = list[list[float]]
+"""Values by training seed, one per episode."""
+LEAST = 3
+"""Seeds that a verdict takes."""
+LIMIT = 10
+"""Of costs per episode, DSRL's."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """That one row is above another.
+
+    Args:
+        says: which.
+        higher: values of the row that is to be above.
+        lower: of the other, or a number.
+        least: the difference that is to be exceeded.
+
+    """
+
+    says: str
+    higher: Seeds
+    lower: Seeds | float
+    least: float = 0.0
+
+    @property
+    def seeds(self) -> int:
+        """Of the row with fewer."""
+        return min(len(self.higher), len(self.lower) if isinstance(self.lower, list) else len(self.higher))
+
+    @property
+    def effect(self) -> float:
+        """Difference of means."""
+        return _mean(self.higher) - (_mean(self.lower) if isinstance(self.lower, list) else self.lower)
+
+    def interval(self, repeats: int = 4000) -> tuple[float, float]:
+        """95 % bootstrap interval of the effect."""
+        generator = np.random.default_rng(0)
+        drawn = [_draws(self.higher, generator, repeats), _draws(self.lower, generator, repeats) if isinstance(self.lower, list) else self.lower]
+        low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+        return float(low), float(high)
+
+    @property
+    def verdict(self) -> str:
+        """Holds, fails, unclear, or that rows are missing."""
+        if self.seeds < LEAST:
+            return "missing" if not self.seeds else "too few seeds"
+        low, high = self.interval()
+        return "holds" if low > self.least else "fails" if high < self.least else "unclear"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, in comparisons."""
+
+    name: str
+    says: str
+    comparisons: Sequence[Comparison]
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """See the module."""
+        found = {each.verdict for each in self.comparisons}
+        if "fails" in found:
+            return "not reproduced"
+        if found & {"missing", "too few seeds"}:
+            return "open"
+        return "reproduced" if found == {"holds"} else "inconclusive"
+
+
+def _mean(values: Seeds) -> float:
+    return float(np.mean(np.concatenate([np.asarray(each, float) for each in values])))
+
+
+def _draws(values: Seeds, generator: np.random.Generator, repeats: int) -> Any:
+    means = np.empty(repeats)
+    for i in range(repeats):
+        seeds = generator.integers(0, len(values), len(values))
+        means[i] = np.mean([np.mean(generator.choice(values[seed], len(values[seed]))) for seed in seeds])
+    return means
+
+
+def by_name(results: Sequence[Mapping[str, Any]], key: str = "returns") -> Callable[[str], Seeds]:
+    """Values of a row, by its name; none where it is not stored."""
+
+    def find(name: str) -> Seeds:
+        return [list(each[key]) for each in sorted((each for each in results if each["name"] == name), key=lambda each: each["seed"])]
+
+    return find
+
+
+def continual() -> list[Claim]:
+    """C1 to C4: few demonstrations of a new task."""
+    of, ablation = by_name(psec_continual.read_results()), by_name(psec_ablations.read_results())
+    walk = "S->W/det10"
+    mlp, rank = ablation(f"{walk}/mlp"), {r: ablation(f"{walk}/rank-{r}") for r in (4, 8, 16, 32, 64)}
+    orders = [("PSEC > PSEC(MLP)", of(f"{walk}/psec"), mlp), ("PSEC(MLP) > NSEC", mlp, of(f"{walk}/nsec"))]
+    orders += [(f"NSEC > {name}", of(f"{walk}/nsec"), of(f"{walk}/{name.lower()}")) for name in ("ASEC", "scratch")]
+    reachable = [each for each in rank.values() if each]
+    best = max(reachable, key=_mean) if reachable else []
+    near = 0.9 * _mean(best) if best else 0.0
+    other = [("S->W", of(f"{walk}/psec"), of(f"{walk}/base"), "base, untouched")]
+    other += [(f"{name}", of(f"{name}/det10/psec"), of(f"{name}/det10/best-skill"), "best that was there before") for name in ("S->R", "S+W->R")]
+    return [
+        Claim(
+            "C1",
+            "From ten demonstrations, stand to walk: PSEC > PSEC(MLP) > NSEC > ASEC and scratch",
+            [Comparison(*each) for each in orders],
+            "That the gap closes by 100 demonstrations is open: thirteen of the deterministic expert are shipped.",
+        ),
+        Claim(
+            "C2",
+            "A library that has grown helps: a walk skill beside the run skill is better than the run skill alone",
+            [Comparison("S+W->R > S->R, both PSEC", of("S+W->R/det10/psec"), of("S->R/det10/psec"))],
+        ),
+        Claim(
+            "C3",
+            "A gate on the context is better than fixed weights that were tuned",
+            [Comparison(f"{name}: PSEC > fixed", of(f"{name}/det10/psec"), of(f"{name}/det10/fixed")) for name in psec_continual.SCENARIOS],
+        ),
+        Claim(
+            "C4",
+            "Rank 8 is best or near it (90 % of the best) of 4 to 64, and every rank is better than the dense delta",
+            [
+                Comparison("rank 8 > 90 % of the best", rank[8], near if all(rank.values()) else []),
+                *(Comparison(f"rank {r} > PSEC(MLP)", values, mlp) for r, values in rank.items()),
+            ],
+        ),
+        Claim(
+            "trivial rows",
+            "PSEC is better than doing nothing, which the paper does not show",
+            [Comparison(f"{name}: PSEC > {what}", psec, rival * (len(psec) if len(rival) == 1 else 1)) for name, psec, rival, what in other],
+        ),
+    ]
+
+
+def safe() -> list[Claim]:
+    """C5: rewards and costs."""
+    results = psec_safe.read_results()
+    costs, returns = by_name(results, "costs"), by_name(results)
+    comparisons = []
+    for task in psec_safe.TASKS:
+        gate = costs(f"{task}/gate")
+        comparisons.append(Comparison(f"{task}: PSEC costs less than {LIMIT}", [[LIMIT - cost for cost in seed] for seed in gate], 0.0))
+        for level in ("asec", "nsec"):
+            comparisons.append(Comparison(f"{task}: {level.upper()} costs more", costs(f"{task}/{level}"), gate))
+        comparisons.append(Comparison(f"{task}: NSEC earns more", returns(f"{task}/nsec"), returns(f"{task}/gate")))
+    controls = [("reward", "reward skill alone"), ("cost", "cost skill alone"), ("feasible", "one policy weighted as in FISOR")]
+    controls += [("scratch", "safe demonstrations alone"), ("lora", "LoRA of the safe demonstrations")]
+    own = [
+        Comparison(f"{task}: PSEC earns more than {what}", returns(f"{task}/gate"), returns(f"{task}/{row}"))
+        for task in psec_safe.TASKS
+        for row, what in controls
+    ]
+    return [
+        Claim("C5", "With costs: PSEC keeps the limit where composed noise and actions do not, at a lower return", comparisons),
+        Claim("controls of C5", "The return of the gate is above that of the rows which the paper leaves out", own),
+    ]
+
+
+def dynamics() -> list[Claim]:
+    """C6: other dynamics."""
+    of = by_name(psec_dynamics.read_results(), "returns")
+
+    def row(row: str, shift: str, data: str) -> Seeds:
+        return of(psec_dynamics.ROWS[row].name(row, shift, data))
+
+    def against(rivals: Mapping[str, str], shifts: Sequence[str]) -> list[Comparison]:
+        return [
+            Comparison(f"{shift}: LoRA > {what}", row("lora", shift, "medium"), row(rival, shift, "medium"))
+            for shift in shifts
+            for rival, what in rivals.items()
+        ]
+
+    return [
+        Claim(
+            "C6",
+            "A LoRA on a base of shifted dynamics is better than joint training and than scratch (HalfCheetah, medium data)",
+            against({"joint": "joint", "scratch": "scratch"}, psec_dynamics.SHIFTS),
+        ),
+        Claim(
+            "controls of C6",
+            "It is the source that helps: better than a LoRA without one, and than one on unshifted data",
+            against({"lora-random": "LoRA on random weights", "lora-unshifted": "LoRA on unshifted data"}, psec_dynamics.SHIFTS),
+        ),
+    ]
+
+
+def claims() -> list[Claim]:
+    """All of them."""
+    return [*continual(), *safe(), *dynamics()]
+
+
+def verdicts(found: Sequence[Claim]) -> str:
+    """A line per claim."""
+    return markdown([{"claim": each.name, "the paper's": each.says, "verdict": each.verdict} for each in found])
+
+
+def comparisons(found: Sequence[Claim]) -> str:
+    """A line per comparison."""
+    lines = []
+    for claim in found:
+        for each in claim.comparisons:
+            line = {"claim": claim.name, "comparison": each.says, "effect": "", "95 %": "", "seeds": each.seeds, "": each.verdict}
+            if each.seeds:
+                low, high = each.interval()
+                line |= {"effect": f"{each.effect:+.3g}", "95 %": f"{low:.3g}..{high:.3g}"}
+            lines.append(line)
+    return markdown(lines)
+
+
+def page() -> str:
+    """All of docs/results.md."""
+    found = claims()
+    remarks = "\n".join(f"- {each.name}: {each.remark}" for each in found if each.remark)
+    about = """# Results
+
+The claims of the paper (arXiv 2502.05932), each with a verdict, and the tables that the verdicts rest on. `python -m benchmarks.claims --page` makes
+this page of what is stored in benchmarks/results; its text says what an effect, an interval and a verdict are. The data are ours
+([demos/README.md](../demos/README.md)), so that orders of rows can be compared with the paper's, not numbers."""
+    tables = {
+        "Stand to walk, stand to run, stand and walk to run": psec_continual,
+        "What in the recipe matters": psec_ablations,
+        "Rewards and costs": psec_safe,
+        "Other dynamics": psec_dynamics,
+    }
+    parts = [
+        about,
+        f"## Verdicts\n\n{verdicts(found)}\n\n{remarks}",
+        f"## Comparisons\n\nOf returns, and of costs where they say so.\n\n{comparisons(found)}",
+    ]
+    for title, module in tables.items():
+        name = module.__name__.rpartition(".")[2]
+        how = f"`python -m benchmarks.{name}` computes what is missing, and says what the rows are."
+        parts.append(f"## {title}\n\n{how}\n\n{module.table(module.read_results())}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Print verdicts, or the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="the whole page docs/results.md")
+    if parser.parse_args().page:
+        print(page(), end="")
+        return
+    found = claims()
+    print(verdicts(found), comparisons(found), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Verdicts on the paper's claims: what comparisons come to on values whose answer is known, and the page that shows them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.claims import Claim, Comparison, page
+
+ROOT = Path(__file__).parents[1]
+
+
+def seeds(mean, *, spread=1.0, count=3, episodes=10):
+    generator = np.random.default_rng(int(abs(mean)) + count)
+    return [list(mean + spread * generator.standard_normal(episodes)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("higher", "lower", "verdict"),
+    [
+        (seeds(20), seeds(10), "holds"),
+        (seeds(10), seeds(20), "fails"),
+        (seeds(10, spread=50.0), seeds(11, spread=50.0), "unclear"),
+        (seeds(20), 10.0, "holds"),
+        (seeds(20, count=2), seeds(10), "too few seeds"),
+        (seeds(20), seeds(10, count=1), "too few seeds"),
+        (seeds(20), [], "missing"),
+    ],
+)
+def test_a_comparison(higher, lower, verdict):
+    assert Comparison("", higher, lower).verdict == verdict
+
+
+def test_an_interval_holds_what_seeds_and_episodes_vary():
+    one = Comparison("", seeds(20, episodes=2000), seeds(10, episodes=2000))
+    assert one.effect == pytest.approx(10, abs=0.1)
+    low, high = one.interval()
+    assert low < one.effect < high < low + 0.3
+    apart = [[18.0] * 10, [20.0] * 10, [22.0] * 10]  # only seeds differ
+    low, high = Comparison("", apart, 10.0).interval()
+    assert (low, high) == (8.0, 12.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (["holds", "holds"], "reproduced"),
+        (["holds", "unclear"], "inconclusive"),
+        (["unclear", "missing"], "open"),
+        (["holds", "too few seeds"], "open"),
+        (["missing", "fails"], "not reproduced"),
+    ],
+)
+def test_a_claim(found, verdict):
+    values = {
+        "holds": (seeds(20), seeds(10)),
+        "fails": (seeds(10), seeds(20)),
+        "unclear": (seeds(10, spread=50.0), seeds(11, spread=50.0)),
+        "missing": ([], seeds(10)),
+        "too few seeds": (seeds(20, count=1), seeds(10)),
+    }
+    assert Claim("", "", [Comparison("", *values[each]) for each in found]).verdict == verdict
+
+
+def test_the_page_is_made_of_what_is_stored():
+    assert (ROOT / "docs/results.md").read_text() == page()
