@@ -40,8 +40,7 @@ UNTOUCHED = {
     "run skill": "walker/run@2",
     "walk and run, gate from demonstrations": "walker/run-from-stand-walk@1",
 }
-STEPS = 60_000
-SEEDS = range(2)
+QUICK = 1024
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,24 @@ class Study:
         start: a composition of the bank, whose base, skills and deviations of the context are used.
         anew: begin with weights of 1 / K instead of its gate.
         noise: of the weights that are tried, at the start.
+        steps: of the environments.
+        seeds: how many, from 0 on.
 
     """
 
     start: str
     anew: bool
     noise: float = 0.3
+    steps: int = 60_000
+    seeds: int = 2
 
 
 STUDIES = {
     "walk and run, gate by reward, anew": Study("walker/run-from-stand-walk@1", True),
     "walk and run, gate by reward, from the demonstrations' gate": Study("walker/run-from-stand-walk@1", False, noise=0.1),
     "walk, gate by reward, anew": Study("walker/walk-from-stand@1", True),
+    "walk and run, gate by reward, anew, longer": Study("walker/run-from-stand-walk@1", True, steps=150_000, seeds=1),
+    "walk, gate by reward, anew, longer": Study("walker/walk-from-stand@1", True, steps=150_000, seeds=1),
 }
 
 
@@ -91,17 +96,19 @@ def row(name: str, seed: int | None, returns: Sequence[float], machine: stored.R
     return {"name": name, "seed": seed, "returns": [round(each, 2) for each in returns], **more, **machine}
 
 
-def run(done: Sequence[stored.Row], seeds: Iterable[int], *, steps: int, episodes: int = 10, max_steps: int | None = None) -> Iterable[stored.Row]:
-    """Rows that are not done yet, one after the other."""
+def run(done: Sequence[stored.Row], *, quick: bool = False) -> Iterable[stored.Row]:
+    """Rows that are not done yet, one after the other; if quick, one short row of each."""
     task, machine = run_task(), stored.where()
-    task.max_steps = max_steps
+    task.max_steps, episodes = (20, 1) if quick else (None, 10)
     known = {(row["name"], row["seed"]) for row in done}
     for name, ref in ((name, ref) for name, ref in UNTOUCHED.items() if (name, None) not in known):
         yield row(name, None, task.rollout(sb.load(ref, "adapters"), episodes=episodes).returns.tolist(), machine, steps=0)
-    for seed in seeds:
-        for name, study in ((name, study) for name, study in STUDIES.items() if (name, seed) not in known):
+    for name, study in STUDIES.items():
+        for seed in range(1 if quick else study.seeds):
+            if (name, seed) in known:
+                continue
             started = time.perf_counter()
-            composed, metrics = trained(study, task, steps=steps, seed=seed)
+            composed, metrics = trained(study, task, steps=QUICK if quick else study.steps, seed=seed)
             spent = time.perf_counter() - started
             rollout = task.rollout(composed, episodes=episodes, record=0, frame_every=0)
             assert rollout.recording is not None
@@ -140,10 +147,10 @@ def main() -> None:
     if options.from_results:
         print(table(stored.load(RESULTS)))
     elif options.quick:
-        print(table(list(run([], [0], steps=1024, episodes=1, max_steps=20))))
+        print(table(list(run([], quick=True))))
     else:
         rows = stored.load(RESULTS) if RESULTS.exists() else []
-        for each in run(tuple(rows), SEEDS, steps=STEPS):
+        for each in run(tuple(rows)):
             rows.append(each)
             stored.store(RESULTS, rows)
         print(table(rows))
