@@ -59,8 +59,8 @@ class Comparison:
     def interval(self, repeats: int = 4000) -> tuple[float, float]:
         """95 % bootstrap interval of the effect."""
         generator = np.random.default_rng(0)
-        drawn = [_draws(self.higher, generator, repeats), _draws(self.lower, generator, repeats) if isinstance(self.lower, list) else self.lower]
-        low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+        lower = psec_continual.resampled(self.lower, repeats, generator) if isinstance(self.lower, list) else self.lower
+        low, high = np.quantile(psec_continual.resampled(self.higher, repeats, generator) - lower, [0.025, 0.975])
         return float(low), float(high)
 
     @property
@@ -94,14 +94,6 @@ class Claim:
 
 def _mean(values: Seeds) -> float:
     return float(np.mean(np.concatenate([np.asarray(each, float) for each in values])))
-
-
-def _draws(values: Seeds, generator: np.random.Generator, repeats: int) -> Any:
-    means = np.empty(repeats)
-    for i in range(repeats):
-        seeds = generator.integers(0, len(values), len(values))
-        means[i] = np.mean([np.mean(generator.choice(values[seed], len(values[seed]))) for seed in seeds])
-    return means
 
 
 def by_name(results: Sequence[Mapping[str, Any]], key: str = "returns") -> Callable[[str], Seeds]:
