@@ -59,6 +59,7 @@ PAGES = {
     "runtime": ["runtime", "policy", "training"],
     "language": ["strings", "language", "real_model"],
     "walker": ["discovery"],
+    "safe": ["psec_safe"],
 }
 
 
