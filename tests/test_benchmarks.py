@@ -57,7 +57,7 @@ def test_merging_files_entries_and_folding():
 
 def test_gates_by_reward():
     rows = rows_of(run("benchmarks.gate_by_reward", "--quick"))
-    assert [row["environment steps"] for row in rows] == ["", "", "", "", *5 * ["1,024"]]
+    assert [row["environment steps"] for row in rows] == ["", "", "", "", *3 * ["1,024"]]
     assert all(row["weights"].count("+-") == (2 if "run" in row[""] else 1) for row in rows[4:])
 
 

@@ -58,7 +58,7 @@ PAGES = {
     "merge": ["merge", "merge_files", "merge_entries", "merge_quality", "folding"],
     "runtime": ["runtime", "policy", "training"],
     "language": ["strings", "language", "real_model"],
-    "walker": ["discovery"],
+    "walker": ["discovery", "gate_by_reward"],
     "safe": ["psec_safe"],
 }
 
