@@ -79,7 +79,8 @@ def run(lane: Sequence[Command]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for command in lane:
         given = (*command, f"bank={FOLDER / 'bank'}", "episodes=0")
-        print("$ python", *given, flush=True)
+        sys.stdout.write(f"$ python {' '.join(given)}\n")  # in one piece, beside the other lane's
+        sys.stdout.flush()
         done = subprocess.run([sys.executable, *given], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
