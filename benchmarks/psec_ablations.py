@@ -126,7 +126,7 @@ def read_results() -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Mean over seeds and episodes, its interval, and the mean of every seed."""
     lines = []
-    for row in sorted({*ROWS, *KEPT}, key=lambda name: [int(part) if part.isdigit() else part for part in name.split("-")][:2]):
+    for row in sorted({*ROWS, *KEPT}, key=lambda name: [int(part) if part.isdigit() else part for part in name.split("-")]):
         found = sorted((each for each in results if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
         if found:
             low, high = psec_continual.interval([each["returns"] for each in found])

@@ -6,7 +6,7 @@ reference path. Shapes: B batch, I in, O out, R rank (sum over the skills).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -192,10 +192,9 @@ def _forward(adapted: Adapted, mixture: Mixture | None, name: str, merged: bool,
             cell.made[name] = _merged(weight, a, b, weights[:, owner].to(a.dtype))
         return linear(x, cell.made[name], bias)
     own = None if name in mixture.even else owner
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or isinstance(cell.weights, Mapping):
         return gated_linear(x, weight, bias, a, b, cell.channels(name, own, x.shape))
-    same = own is None and isinstance(cell.weights, Tensor)
-    key = ("channels", len(a) if same else name, *x.shape[:-1])  # the next passes, and layers with as many channels, have the same
+    key = ("channels", len(a) if own is None else name, *x.shape[:-1])  # the next passes, and layers with as many channels, have the same
     if key not in cell.made:
         channels = cell.channels(name, own, x.shape).to(a.dtype)
         channels = channels.repeat_interleave(len(a) // channels.shape[-1], -1)

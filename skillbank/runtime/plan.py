@@ -132,7 +132,7 @@ def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, passes: in
         net: with the mixture's stack on it.
         mixture: the mixture.
         repeats: rows of the net per row of weights: N samples times T denoise steps.
-        passes: of the net that they are spread over: T.
+        passes: of the net that they are spread over: T; 0 where every token, or every layer, has weights of its own.
         memory: bytes that merged weights may take, of all modules together.
         wanted: as for `plan_constant`.
 
@@ -151,6 +151,8 @@ def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, passes: in
         if reason := why_not(adapted):
             best: tuple[Kind, str] = ("reference", reason)
             slow[name] = f"is computed with {reason}"
+        elif not passes:
+            best = "factors", "nothing shares its weights"
         elif merge >= factored:
             best = "factors", f"to merge costs {merge / 1e6:.3g} MFLOP, {repeats} rows in {passes} passes of factors {factored / 1e6:.3g}"
         elif taken + size > memory:
@@ -158,7 +160,7 @@ def plan_gated(net: nn.Module, mixture: Mixture, *, repeats: int = 1, passes: in
         else:
             best = "per row", f"{repeats} rows in {passes} passes share their weights: {merge / 1e6:.3g} MFLOP, not {factored / 1e6:.3g}"
             taken += size
-        choices[name] = Choice(*best, (out, width), rank, repeats, passes)
+        choices[name] = Choice(*best, (out, width), rank, max(repeats, 1), max(passes, 1))
     return _as_wanted(choices, wanted, {"merged": dict.fromkeys(choices, "has weights that a gate changes"), "per row": slow, "factors": slow})
 
 
