@@ -1,7 +1,7 @@
 """Skills of a language model: training, several skills in one batch, generation under a gate, and the search of a bank; ours beside PEFT.
 
 python -m benchmarks.language                   on one and two threads; stored in benchmarks/results/language.jsonl
-python -m benchmarks.language --quick           few rounds on one thread; stores nothing
+python -m benchmarks.language --quick           few rounds of what is small, on one thread; stores nothing
 python -m benchmarks.language --from-results    the stored tables
 
 A Llama of 6 blocks, 256 wide (5.5 million parameters), and for generation another of 4 blocks, 1024 wide (51 million), from random weights, in
@@ -245,7 +245,7 @@ def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
             found.append({"part": part, "method": name, "threads": threads, **timing, **more})
 
     keep("training", dict(training()), rounds)
-    for name, size in {"256": SMALL, "1024": WIDE}.items():
+    for name, size in ({"256": SMALL} if quick else {"256": SMALL, "1024": WIDE}).items():
         for count in (1, 16):
             part = f"generation of {count}, {name} wide"
             keep(part, generation(count, size), rounds)
