@@ -143,7 +143,7 @@ def main() -> None:
     elif options.quick:
         print(table(list(run([], quick=True))))
     else:
-        rows = stored.load(RESULTS) if RESULTS.exists() else []
+        rows = stored.so_far(RESULTS)
         for each in run(tuple(rows)):
             rows.append(each)
             stored.store(RESULTS, rows)

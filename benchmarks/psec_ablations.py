@@ -12,8 +12,7 @@ trained with Mish with SiLU instead.
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 import skillbank as sb
@@ -118,7 +116,7 @@ KEPT = {"rank-8": "psec", "rank-8-alone": "lora"}
 
 def read_results() -> list[dict[str, Any]]:
     """Stored rows, with those of `psec_continual` that belong to them."""
-    own = stored.load(RESULTS) if RESULTS.exists() else []
+    own = stored.so_far(RESULTS)
     others = {f"{SCENARIO}/{SETTING}/{row}": name for name, row in KEPT.items()}
     return own + [each | {"name": f"{SCENARIO}/{SETTING}/{others[each['name']]}"} for each in psec_continual.read_results() if each["name"] in others]
 
@@ -139,12 +137,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and compute nothing")
-    parser.add_argument("--quick", action="store_true", help="every row with a few steps; stores nothing")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
+    parser = stored.parser(__doc__, "every row with a few steps")
+    stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
@@ -153,14 +147,10 @@ def main() -> None:
         quick = ("fit.steps=3", "batch_size=8")
         print(table([compute(SCENARIO, SETTING, row, 0, quick, episodes=1, rows=ROWS) for row in options.rows]))
         return
-    for seed in () if options.from_results else options.seeds:
-        for row in options.rows:
-            if any((each["name"], each["seed"]) == (f"{SCENARIO}/{SETTING}/{row}", seed) for each in read_results()):
-                continue
-            result = compute(SCENARIO, SETTING, row, seed, rows=ROWS)
-            print(f"== {result['name']} seed {seed}: {result['mean']:.0f}", flush=True)
-            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+    if not options.from_results:
+        cells = itertools.product(options.seeds, options.rows)
+        wanted = ((f"{SCENARIO}/{SETTING}/{row}", seed, partial(compute, SCENARIO, SETTING, row, seed, rows=ROWS)) for seed, row in cells)
+        stored.complete(RESULTS, wanted, lambda row: f"{row['mean']:.0f}")
     print(table(read_results()))
 
 

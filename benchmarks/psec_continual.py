@@ -240,7 +240,7 @@ def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tu
 
 def read_results() -> list[dict[str, Any]]:
     """Stored result rows."""
-    return stored.load(RESULTS) if RESULTS.exists() else []
+    return stored.so_far(RESULTS)
 
 
 def compute(
@@ -368,9 +368,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result rows here")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
+    stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
@@ -380,16 +378,9 @@ def main() -> None:
         quick = ("fit.steps=3", "batch_size=8")
         results = [compute("S+W->R", "sto3", row, 0, quick, episodes=1) for row in options.rows]
     elif not options.from_results:
-        for scenario, setting, row, seed in cells(options.settings, options.seeds, options.rows):
-            if scenario not in options.scenarios or any(
-                (each["name"], each["seed"]) == (f"{scenario}/{setting}/{row}", seed) for each in read_results()
-            ):
-                continue
-            result = compute(scenario, setting, row, seed)
-            print(f"== {result['name']} seed {seed}: {result['mean']:.0f} {result['returns']}", flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        chosen = (each for each in cells(options.settings, options.seeds, options.rows) if each[0] in options.scenarios)
+        wanted = ((f"{scenario}/{setting}/{row}", seed, partial(compute, scenario, setting, row, seed)) for scenario, setting, row, seed in chosen)
+        stored.complete(RESULTS, wanted, lambda row: f"{row['mean']:.0f} {row['returns']}")
         results = read_results()
     print(summary(results) if options.summary else table(results))
     if options.json:

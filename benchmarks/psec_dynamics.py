@@ -20,12 +20,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
@@ -229,7 +229,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str, str, int
 
 def read_results() -> list[dict[str, Any]]:
     """Stored result rows."""
-    return stored.load(RESULTS) if RESULTS.exists() else []
+    return stored.so_far(RESULTS)
 
 
 def compute(name: str, row: str, shift: str, data: str, study: Study, episodes: int = 10) -> dict[str, Any]:
@@ -275,9 +275,7 @@ def main() -> None:
     parser = stored.parser(__doc__, "one cell of each row with a few steps")
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
+    stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
@@ -287,14 +285,8 @@ def main() -> None:
         shift, data = options.shifts[0], options.targets[0]
         results = [compute(ROWS[row].name(row, shift, data), row, shift, data, Study(0, quick=True), 1) for row in options.rows]
     elif not options.from_results:
-        for name, row, shift, data, seed in cells(options):
-            if any((each["name"], each["seed"]) == (name, seed) for each in read_results()):
-                continue
-            result = compute(name, row, shift, data, Study(seed))
-            print(f"== {name} seed {seed}: {result['score']:.1f} {result['returns']}", flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        wanted = ((name, seed, partial(compute, name, row, shift, data, Study(seed))) for name, row, shift, data, seed in cells(options))
+        stored.complete(RESULTS, wanted, lambda row: f"{row['score']:.1f} {row['returns']}")
         results = read_results()
     print(table(results))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import time
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
@@ -324,16 +322,14 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[Study, str]]:
 
 def read_results() -> list[dict[str, Any]]:
     """Stored results."""
-    return stored.load(RESULTS) if RESULTS.exists() else []
+    return stored.so_far(RESULTS)
 
 
 def main() -> None:
     """Run the command line."""
     parser = stored.parser(__doc__, "one cell of each row with a few steps")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--threads", type=int, default=1)
+    stored.study_options(parser, ROWS, 5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
@@ -342,14 +338,8 @@ def main() -> None:
         shutil.rmtree("runs/psec_safe/quick", ignore_errors=True)
         results = [compute(Study(options.tasks[0], 0, quick=True), row, episodes=2) for row in options.rows]
     elif not options.from_results:
-        for study, row in cells(options):
-            if any((each["name"], each["seed"]) == (f"{study.name}/{row}", study.seed) for each in read_results()):
-                continue
-            result = compute(study, row)
-            print(f"== {result['name']} seed {study.seed}: {sum(result['returns']) / 20:.0f}, cost {sum(result['costs']) / 20:.1f}", flush=True)
-            RESULTS.parent.mkdir(exist_ok=True)
-            with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        wanted = ((f"{study.name}/{row}", study.seed, partial(compute, study, row)) for study, row in cells(options))
+        stored.complete(RESULTS, wanted, lambda row: f"{sum(row['returns']) / 20:.0f}, cost {sum(row['costs']) / 20:.1f}")
         results = read_results()
     print(table(results))
 

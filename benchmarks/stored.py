@@ -6,11 +6,13 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["by_threads", "commit", "load", "parser", "store", "where"]
+from filelock import FileLock
+
+__all__ = ["by_threads", "commit", "complete", "load", "parser", "so_far", "store", "study_options", "where"]
 
 Row = dict[str, Any]
 
@@ -26,6 +28,30 @@ def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
 def load(path: Path) -> list[Row]:
     """Rows of a file of results."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def so_far(path: Path) -> list[Row]:
+    """Rows of a file of results, none where there is none yet."""
+    return load(path) if path.exists() else []
+
+
+def study_options(parser: argparse.ArgumentParser, rows: Iterable[str], seeds: int) -> None:
+    """Options of a study that is computed row by row: which rows, which of its training seeds, and how many threads."""
+    parser.add_argument("--rows", nargs="+", choices=list(rows), default=list(rows))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(seeds)))
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def complete(path: Path, cells: Iterable[tuple[str, int, Callable[[], Row]]], said: Callable[[Row], str]) -> None:
+    """Compute what a file of results lacks of some (name, seed, how to), each written as soon as it is there; others may write to it as well."""
+    for name, seed, compute in cells:
+        if any((each["name"], each["seed"]) == (name, seed) for each in so_far(path)):
+            continue
+        row = compute()
+        print(f"== {name} seed {seed}: {said(row)}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(f"{path}.lock"), path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def store(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

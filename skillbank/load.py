@@ -169,9 +169,10 @@ def _compose(bank: Bank, composition: Composition, wanted: Wanted, samples: int)
         return model, _always(model, stack(skills, constant), None)
     mixture = Mixture(model.net, skills)
     see(model, getattr(gate, "view", {}))
+    anew = every_pass(model, gate)
     own = getattr(model, "tokens", False) or getattr(gate, "layerwise", False)
-    passes = 0 if own else 1 if every_pass(model, gate) else getattr(model, "steps", 1)
-    plan = plan_gated(model.net, mixture, repeats=passes if every_pass(model, gate) else passes * samples, passes=passes, wanted=wanted)
+    passes = int(not own) if anew else getattr(model, "steps", 1)
+    plan = plan_gated(model.net, mixture, repeats=passes if anew else passes * samples, passes=passes, wanted=wanted)
     carry_out(plan, model.net, mixture)
     return cast("ModelModule", Composed(model, gate, mixture)), plan
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from tests.commands import Commands
 from tests.tiny import tiny_batch, tiny_policy
 from tests.walkers import Short
 
@@ -48,6 +49,14 @@ def registered():
     yield
     for name in made:
         del gymnasium.registry[name]
+
+
+@pytest.fixture(scope="module")
+def command():
+    """`command(folder, "train", ...)` runs train.py or compose.py as a terminal would."""
+    commands = Commands()
+    yield commands
+    commands.close()
 
 
 @pytest.fixture(scope="module")

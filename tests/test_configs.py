@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import skillbank as sb
 from skillbank.load import build
-from tests.commands import Commands, environment
+from tests.commands import environment
 from tests.tiny import random_skill, tiny_batch, tiny_policy
 
 ROOT = Path(__file__).parents[1]
@@ -142,13 +142,6 @@ def test_every_fit(name):
 
 SMALL = ["+model.width=16", "+model.blocks=1", "+model.time_dim=8", "+model.time_hidden=[8,8]"]
 QUICK = ["fit.steps=12", "fit.precision=no", "+fit.log_every=4", "+fit.checkpoint_every=4", "+fit.device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def command():
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from skillbank.tasks.control import ControlTask, summary
 from skillbank.tasks.demonstrations import Demonstrations, load_demonstrations
 from skillbank.tasks.offline import OfflineTask, effective_sample_size, safety
 from skillbank.tasks.rollouts import rollout
-from tests.commands import Commands
 from tests.test_configs import SMALL
 from tests.test_rebuild import configured
 from tests.walkers import Policy, Short
@@ -323,13 +322,6 @@ QUICK = ["fit.steps=12", "+fit.device=cpu", "+fit.progress=false"]
 CRITIC = ["model=critic", "fit=critic", "model.hidden=[16,16]"]
 SKILL = ["base=base", "lora.rank=2", "episodes=0"]
 GATE = ["skills=[plain,weighted]", "gate=mlp", "gate.hidden=[8]"]
-
-
-@pytest.fixture(scope="module")
-def command():
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from skillbank.skill import Skill
 from skillbank.tasks.control import ControlTask
 from skillbank.tasks.labels import LabelTask
 from skillbank.tasks.offline import OfflineTask
-from tests.commands import Commands
 from tests.test_configs import SMALL
 from tests.test_offline import configured
 
@@ -204,13 +203,6 @@ def test_numbers_out_of_range(task, wrong):
 QUICK = ["+fit.device=cpu", "+fit.progress=false"]
 TASK = ["task=offline", "task.demonstrations=a.npz", "task.environment=Pendulum-v1", "task.held_out=1", "bank=bank"]
 GATE = ["skills=[one,two]", "gate=mlp", "gate.hidden=[8]", "online.environments=8", "online.rollout=4"]
-
-
-@pytest.fixture(scope="module")
-def command():
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")
