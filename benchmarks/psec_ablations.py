@@ -8,6 +8,11 @@ python -m benchmarks.psec_ablations --quick            one tiny cell of each row
 instead of factors, PSEC(MLP), started at random as the paper's curve suggests, or at 0 (`mlp-zero`: nothing but fine-tuning the weights, gated);
 `mlp-alone` without the gate. `reg-mean`, `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was
 trained with Mish with SiLU instead.
+
+The levels with equal losses: `nsec` and `asec` are those of `psec_continual`, on the squared error of the sampled action; `psec-action` is a gate
+over the parameters with that loss, `nsec-noise` one over the noise with PSEC's. `nsec-each` and `asec-each` have a weight for every dimension of the
+action (arXiv 2506.09366), which parameters cannot have. `nsec-search` and `psec-search` have no gate but constant weights, searched by the return
+of episodes of other environment seeds (arXiv 2510.01068): that is, with the task's reward, which no other row is given.
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ from torch import nn
 
 import skillbank as sb
 from benchmarks import psec_continual, stored
-from benchmarks.psec_continual import BASE, ROOT, SCENARIOS, Study, compute
+from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
+from benchmarks.psec_continual import BASE, ROOT, SCENARIOS, Level, Study, compute
 from skillbank.model import Model, ModelModule
 from skillbank.models.diffusion import Mish
 from skillbank.report import markdown
@@ -34,6 +40,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
 SCENARIO, SETTING = "S->W", "det10"
 PLAIN = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "batch_size=512")
 GATE = (*PLAIN, "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant", "gate=official", "standardise=false")
+SEARCH_SEED = 20
+"""Of environment seeds from 20,000 on."""
 
 
 def ranked(study: Study, scenario: str, rank: int, *, gated: bool = True) -> Model:
@@ -99,6 +107,28 @@ def mismatched(study: Study, scenario: str) -> Model:
     return model.eval()
 
 
+def searched(study: Study, scenario: str, *, noise: bool) -> Model:
+    """Constant weights w of skill and, for noise, 1 - w of the base: the best of eleven by the return of five episodes of other seeds."""
+    level = study.untrained(scenario, NoiseLevel if noise else ParameterLevel)
+    task = study.task(SCENARIOS[scenario][0])
+    task.max_steps = 20 if study.overrides else None
+    level.gate = sb.ConstantGate(task.observation_dim, 2 if noise else 1)
+    found = {}
+    for weight in torch.linspace(0, 1, 3 if study.overrides else 11).tolist():
+        weights = torch.tensor([1 - weight, weight] if noise else [weight])
+        level.gate.weights.data.copy_(weights)
+        found[weight] = float(task.rollout(level, seed=SEARCH_SEED, episodes=1 if study.overrides else 5).returns.mean())
+    best = max(found, key=found.__getitem__)
+    print(f"   weight {best:.1f} of { ({key: round(value) for key, value in found.items()}) }", flush=True)
+    level.gate.weights.data.copy_(torch.tensor([1 - best, best] if noise else [best]))
+    return cast("Model", level)
+
+
+def level(kind: Level, label: str, batch_size: int = 64) -> Callable[[Study, str], Model]:
+    """A row of `Study.level`."""
+    return partial(Study.level, kind=kind, label=label, batch_size=batch_size)
+
+
 ROWS: dict[str, Callable[[Study, str], Model]] = {
     **{f"rank-{rank}": partial(ranked, rank=rank) for rank in (4, 16, 32, 64)},
     **{f"rank-{rank}-alone": partial(ranked, rank=rank, gated=False) for rank in (4, 16, 32, 64)},
@@ -109,8 +139,14 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "reg-mean": partial(regularised, kind="mean"),
     "reg-code": partial(regularised, kind="code"),
     "swish": mismatched,
+    "psec-action": level(ParameterLevel, "psec-action"),
+    "nsec-noise": level(partial(NoiseLevel, on_noise=True), "nsec-noise", 512),
+    "nsec-each": level(partial(NoiseLevel, per_dimension=True), "nsec-each"),
+    "asec-each": level(partial(ActionLevel, per_dimension=True), "asec-each"),
+    "nsec-search": partial(searched, noise=True),
+    "psec-search": partial(searched, noise=False),
 }
-KEPT = {"rank-8": "psec", "rank-8-alone": "lora"}
+KEPT = {"rank-8": "psec", "rank-8-alone": "lora", "nsec": "nsec", "asec": "asec"}
 """Rows that `psec_continual` has."""
 
 

@@ -50,6 +50,7 @@ SCENARIOS = {"S->W": ("walk", ("walk",)), "S->R": ("run", ("run",)), "S+W->R": (
 SETTINGS = {"det10": ("_deterministic", 10), "sto10": ("", 10), "sto3": ("", 3)}
 STEPS = {"walk": 4000, "run": 16000}
 """Of a skill of this library's recipe."""
+Level = Callable[[DiffusionPolicy, list[sb.Skill]], torch.nn.Module]
 PAPER = {
     ("S->W", "scratch"): 58.9,
     ("S->W", "asec"): 65.7,
@@ -162,22 +163,26 @@ class Study:
         gate = ("gate=official", "standardise=false", *fit, *plain)
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 
-    def level(self, scenario: str, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
-        """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action.
-
-        A step samples with every member, so batches are of 64; the other rows' are of 256 and more.
-        """
+    def untrained(self, scenario: str, kind: Level) -> Any:
+        """A level over the base and the skills, its gate as it starts."""
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
         policy = cast("DiffusionPolicy", model)
         policy.temperature = 1.0
         torch.manual_seed(self.seed)
-        level = kind(policy, skills)
+        return kind(policy, skills)
+
+    def level(self, scenario: str, kind: Level, label: str, batch_size: int = 64) -> Model:
+        """NSEC and ASEC: a gate over the base and the skills, trained on the squared error of the sampled action.
+
+        A step samples with every member, so batches are of 64; the other rows' are of 256 and more.
+        """
+        level = self.untrained(scenario, kind)
         steps = 5 if self.overrides else 1001
-        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=64, seed=self.seed)
-        folder = self.folder / kind.__name__ / self.setting / f"seed-{self.seed}" / scenario
+        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=8 if self.overrides else batch_size, seed=self.seed)
+        folder = self.folder / label / self.setting / f"seed-{self.seed}" / scenario
         options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
-        return level
+        return cast("Model", level)
 
     def own_skills(self, scenario: str) -> list[str]:
         """Skills of this library's recipe, oldest first: the defaults of conf/ and `STEPS`, a later skill continuing from the earlier ones."""
@@ -206,8 +211,8 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "scratch": Study.scratch,
     "lora": Study.lora,
     "fixed": Study.fixed,
-    "asec": partial(Study.level, kind=ActionLevel),
-    "nsec": partial(Study.level, kind=NoiseLevel),
+    "asec": partial(Study.level, kind=ActionLevel, label="ActionLevel"),
+    "nsec": partial(Study.level, kind=NoiseLevel, label="NoiseLevel"),
     "psec": Study.psec,
     "ours": Study.ours,
     "ours-gate": Study.ours_gate,

@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.levels import ActionLevel, NoiseLevel
+from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import interval
-from skillbank import attach, check_model, merge
+from skillbank import Composed, ConstantGate, attach, check_model, merge
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
 ROOT = Path(__file__).parents[1]
@@ -132,19 +133,53 @@ def test_rollout_times_and_errors():
 
 @pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel])
 @pytest.mark.parametrize("member", [0, 1, 2])
-def test_a_one_hot_level_is_that_policy(kind, member):
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_a_one_hot_level_is_that_policy(kind, member, per_dimension):
     skills = [random_skill(tiny_policy().net, seed=seed) for seed in range(2)]
-    level = kind(tiny_policy(temperature=0.0), skills)
+    level = kind(tiny_policy(temperature=0.0), skills, per_dimension=per_dimension)
     check_model(level, tiny_batch())
+    if member == 2:
+        assert level.weights(tiny_batch()["observation"]).mean(-1)[0].tolist() == [0, 0, 1]  # as it starts
     with torch.no_grad():
-        level.gate.head.bias.copy_(torch.eye(3)[member])
+        level.gate.head.bias.view(3, -1).copy_(torch.eye(3)[member][:, None])
     alone = tiny_policy(temperature=0.0)
     if member:
         attach(alone.net, merge([skills[member - 1]], [1.0]))
     close(level.predict(tiny_batch()), alone.predict(tiny_batch()), 1e-4)
 
 
-@pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel])
+def test_dimensions_of_an_action_are_weighted_one_by_one():
+    skills = [random_skill(tiny_policy().net)]
+    level = ActionLevel(tiny_policy(temperature=0.0), skills, per_dimension=True)
+    each = [torch.randn(level.dimensions) for _ in range(2)]
+    with torch.no_grad():
+        level.gate.head.bias.copy_(torch.cat(each))
+    alone = tiny_policy(temperature=0.0)
+    base = alone.predict(tiny_batch())
+    attach(alone.net, skills[0])
+    close(level.predict(tiny_batch()), each[0] * base + each[1] * alone.predict(tiny_batch()), 1e-4)
+
+
+def test_the_level_of_parameters_is_a_composition():
+    skills = [random_skill(tiny_policy().net, seed=seed) for seed in range(2)]
+    level, composed = ParameterLevel(tiny_policy(temperature=0.0), skills), Composed(tiny_policy(temperature=0.0), ConstantGate(0, 2), skills)
+    with torch.no_grad():
+        level.gate.head.bias.copy_(composed.gate.weights)
+    close(level.predict(tiny_batch()), composed.predict(tiny_batch()), 1e-4)
+
+
+def test_one_member_of_mixed_noise_has_the_loss_of_its_policy():
+    skills = [random_skill(tiny_policy().net)]
+    level, alone = NoiseLevel(tiny_policy(), skills, on_noise=True), tiny_policy()
+    attach(alone.net, skills[0])
+    losses = []
+    for model in (level, alone):
+        torch.manual_seed(0)
+        losses.append(model(tiny_batch()).detach())
+    close(*losses, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [NoiseLevel, partial(NoiseLevel, on_noise=True), ActionLevel, ParameterLevel])
 def test_only_the_gate_of_a_level_gets_a_gradient(kind):
     level = kind(tiny_policy(), [random_skill(tiny_policy().net)])
     level(tiny_batch()).backward()
