@@ -1,7 +1,7 @@
 """Skills of a language model: training, several skills in one batch, generation under a gate, and the search of a bank; ours beside PEFT.
 
 python -m benchmarks.language                   on one and two threads; stored in benchmarks/results/language.jsonl
-python -m benchmarks.language --quick           few rounds of what is small, on one thread; stores nothing
+python -m benchmarks.language --quick           few rounds of a tiny net, on one thread; stores nothing
 python -m benchmarks.language --from-results    the stored tables
 
 A Llama of 6 blocks, 256 wide (5.5 million parameters), and for generation another of 4 blocks, 1024 wide (51 million), from random weights, in
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,29 @@ from skillbank.runtime.plan import carry_out, plan_gated
 from skillbank.runtime.products import product
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
-RANK, SKILLS, NEW, MANY = 8, 4, 32, 100
-SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
-WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16}
+RANK, SKILLS, MANY = 8, 4, 100
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def language(size: dict[str, int] = SMALL) -> CausalLM:
+@dataclass(frozen=True)
+class Size:
+    """Of a model, and how many tokens it generates."""
+
+    width: int
+    blocks: int
+    heads: int
+    new: int = 32
+
+
+TINY, SMALL, WIDE = Size(32, 1, 2, 4), Size(256, 6, 4), Size(1024, 4, 16)
+
+
+def language(size: Size) -> CausalLM:
     """The model, with weights as they start."""
     torch.manual_seed(0)
-    net = {"model_type": "llama", "vocab_size": 1024, **size}
-    model = CausalLM(net, generation={"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0})
+    net: dict[str, Any] = {"model_type": "llama", "vocab_size": 1024, "hidden_size": size.width, "intermediate_size": 3 * size.width}
+    net |= {"num_hidden_layers": size.blocks, "num_attention_heads": size.heads}
+    model = CausalLM(net, generation={"max_new_tokens": size.new, "min_new_tokens": size.new, "do_sample": False, "pad_token_id": 0})
     return model.requires_grad_(False).eval()
 
 
@@ -69,7 +82,7 @@ def skill(net: nn.Module, seed: int) -> sb.Skill:
     )
 
 
-def limit(passes: Sequence[int], size: dict[str, int] = SMALL, *, back: bool = False) -> Callable[[], None]:
+def limit(passes: Sequence[int], size: Size, *, back: bool = False) -> Callable[[], None]:
     """Products with the frozen weights in passes of so many rows each, there or there and back."""
     net = language(size).net
     lay_out(net)
@@ -106,16 +119,16 @@ def stepping(model: nn.Module, params: list[nn.Parameter], batch: dict[str, Tens
     return step
 
 
-def peft_step(batch: dict[str, Tensor]) -> Callable[[], None]:
+def peft_step(size: Size, batch: dict[str, Tensor]) -> Callable[[], None]:
     """PEFT's."""
-    model = language()
+    model = language(size)
     net: Any = get_peft_model(model.net, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     return stepping(model, [p for p in net.parameters() if p.requires_grad], batch, fused=False)
 
 
-def our_step(batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
+def our_step(size: Size, batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
     """What `train.py` runs."""
-    model = language()
+    model = language(size)
     params = sb.fresh(model.net, rank=RANK, scale=1.0)
     for p in params:
         p.requires_grad_(True)
@@ -123,19 +136,19 @@ def our_step(batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[]
     return stepping(model, params, batch, fused=True, compiled=compiled)
 
 
-def at_once(count: int, batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
+def at_once(size: Size, count: int, batch: dict[str, Tensor], *, compiled: bool = False) -> Callable[[], None]:
     """So many skills in one pass, each with a batch of its own."""
-    together = sb.Together(language(), list(range(count)), ranks=RANK, scales=1.0)
+    together = sb.Together(language(size), list(range(count)), ranks=RANK, scales=1.0)
     params = [p for group in together.groups() for p in group["params"]]
     for p in params:
         p.requires_grad_(True)
     return stepping(together, params, {key: value.repeat(count, 1) for key, value in batch.items()}, fused=True, compiled=compiled)
 
 
-def training() -> dict[str, Callable[[], None]]:
+def training(size: Size) -> dict[str, Callable[[], None]]:
     """Ways to train one skill, and four."""
     batch = rows(16, 64)
-    one = peft_step(batch)
+    one = peft_step(size, batch)
 
     def in_a_row() -> None:
         for _ in range(SKILLS):
@@ -143,14 +156,14 @@ def training() -> dict[str, Callable[[], None]]:
 
     tokens = batch["input_ids"].numel()
     return {
-        "limit": limit([tokens], back=True),
+        "limit": limit([tokens], size, back=True),
         "PEFT": one,
-        "ours": our_step(batch),
-        "ours, compiled": our_step(batch, compiled=True),
-        "limit of four": limit([SKILLS * tokens], back=True),
+        "ours": our_step(size, batch),
+        "ours, compiled": our_step(size, batch, compiled=True),
+        "limit of four": limit([SKILLS * tokens], size, back=True),
         "PEFT, four in a row": in_a_row,
-        "ours, four at once": at_once(SKILLS, batch),
-        "ours, four at once, compiled": at_once(SKILLS, batch, compiled=True),
+        "ours, four at once": at_once(size, SKILLS, batch),
+        "ours, four at once, compiled": at_once(size, SKILLS, batch, compiled=True),
     }
 
 
@@ -162,7 +175,7 @@ def gate(width: int) -> sb.MLPGate:
     return made.eval()
 
 
-def generation(count: int, size: dict[str, int]) -> dict[str, Callable[[], object]]:
+def generation(count: int, size: Size) -> dict[str, Callable[[], object]]:
     """Ways to go on from so many prompts."""
     prompts, skills = rows(count, 32), [skill(language(size).net, k) for k in range(SKILLS)]
     merged = language(size)
@@ -170,24 +183,24 @@ def generation(count: int, size: dict[str, int]) -> dict[str, Callable[[], objec
     lay_out(merged.net)
     gated = language(size)
     mixture = Mixture(gated.net, skills)
-    carry_out(plan_gated(gated.net, mixture, repeats=NEW, passes=NEW), gated.net, mixture)
+    carry_out(plan_gated(gated.net, mixture, repeats=size.new, passes=size.new), gated.net, mixture)
     lay_out(gated.net)
-    composed = Composed(gated, gate(size["hidden_size"]), mixture)
+    composed = Composed(gated, gate(size.width), mixture)
     return {
-        "limit": limit([32 * count, *[count] * (NEW - 1)], size),
+        "limit": limit([32 * count, *[count] * (size.new - 1)], size),
         "merged": lambda: merged.predict(prompts),
         "ours, gate per prompt": lambda: composed.predict(prompts),
     }
 
 
-def crossing(count: int, size: dict[str, int]) -> dict[str, Callable[[], object]]:
+def crossing(count: int, size: Size) -> dict[str, Callable[[], object]]:
     """The same with X-LoRA."""
     prompts, net = rows(count, 32)["input_ids"], xlora(size)
     options = {**language(size).generation, "use_cache": False, "attention_mask": torch.ones_like(prompts)}
     return {"PEFT X-LoRA": lambda: net.generate(input_ids=prompts, **options)}
 
 
-def xlora(size: dict[str, int]) -> Any:
+def xlora(size: Size) -> Any:
     """PEFT's model of a gate over the same adapters."""
     import tempfile
 
@@ -199,15 +212,13 @@ def xlora(size: dict[str, int]) -> Any:
         for k, each in enumerate(skills):
             sb.write_adapter(each, Path(folder) / str(k))
             paths[str(k)] = str(Path(folder) / str(k))
-        made = get_peft_model(
-            model.net, XLoraConfig(task_type="CAUSAL_LM", hidden_size=size["hidden_size"], xlora_depth=2, xlora_size=64, adapters=paths)
-        )
+        made = get_peft_model(model.net, XLoraConfig(task_type="CAUSAL_LM", hidden_size=size.width, xlora_depth=2, xlora_size=64, adapters=paths))
     return made.eval()
 
 
-def search(count: int) -> tuple[dict[str, Callable[[], object]], float]:
+def search(size: Size, count: int) -> tuple[dict[str, Callable[[], object]], float]:
     """Losses of so many skills on 16 examples."""
-    model, batch = language(), rows(16, 32)
+    model, batch = language(size), rows(16, 32)
     skills = [skill(model.net, k) for k in range(count)]
     other = copy.deepcopy(model)
     net: Any = get_peft_model(other.net, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name="0")
@@ -232,7 +243,7 @@ def search(count: int) -> tuple[dict[str, Callable[[], object]], float]:
         return losses_of(model, skills, [batch])
 
     error = float((one_by_one() - ours()).abs().max())
-    return {"limit": limit([count * batch["input_ids"].numel()]), "PEFT, one by one": one_by_one, "ours, batched": ours}, error
+    return {"limit": limit([count * batch["input_ids"].numel()], size), "PEFT, one by one": one_by_one, "ours, batched": ours}, error
 
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
@@ -244,21 +255,22 @@ def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
         for name, timing in paired(contenders, rounds=rounds, warm=warm).items():
             found.append({"part": part, "method": name, "threads": threads, **timing, **more})
 
-    keep("training", dict(training()), rounds)
-    for name, size in ({"256": SMALL} if quick else {"256": SMALL, "1024": WIDE}).items():
+    small = TINY if quick else SMALL
+    keep("training", dict(training(small)), rounds)
+    for size in [small] if quick else [SMALL, WIDE]:
         for count in (1, 16):
-            part = f"generation of {count}, {name} wide"
+            part = f"generation of {count}, {size.width} wide"
             keep(part, generation(count, size), rounds)
-            if size is SMALL or count == 1:
+            if size is not WIDE or count == 1:
                 keep(part, crossing(count, size), 1 if quick else 2)
-    contenders, error = search(10 if quick else MANY)
+    contenders, error = search(small, 10 if quick else MANY)
     keep("search", contenders, 1 if quick else 3, error=error)
     return found
 
 
 AGAINST = {
     "training": "PEFT",
-    **{f"generation of {count}, {width} wide": "merged" for width in (256, 1024) for count in (1, 16)},
+    **{f"generation of {count}, {width} wide": "merged" for width in (TINY.width, 256, 1024) for count in (1, 16)},
     "search": "PEFT, one by one",
 }
 """What the ratios of a part are to."""
@@ -284,7 +296,7 @@ def show(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run it."""
-    run_pinned(__doc__, "few rounds, ten skills, on one thread; stores nothing", "benchmarks.language", RESULTS, measure, show)
+    run_pinned(__doc__, "few rounds of a tiny net, ten skills, on one thread; stores nothing", "benchmarks.language", RESULTS, measure, show)
 
 
 if __name__ == "__main__":
