@@ -207,8 +207,8 @@ import json, os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.test_fit import one_of
-result, kind, folder, accumulate, until = sys.argv[1:]
-found = one_of(kind, folder=folder, accumulate=int(accumulate), until=int(until))
+result, folder, until, *kinds = sys.argv[1:]
+found = {kind: one_of(kind, folder=Path(folder) / kind, until=int(until)) for kind in kinds}
 Path(result + os.environ["RANK"]).write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
@@ -249,28 +249,33 @@ def launched(processes, code, folder, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def two_of(kind, until, *, folder, tmp_path):
-    launched(2, PROCESSES, tmp_path, tmp_path / "result", kind, folder, 1, until)
+KINDS = ("base", "skill", "gate")
+
+
+def two_of(until, *, folder, tmp_path):
+    """What each of two processes has found of every kind, all of them in one launch."""
+    launched(2, PROCESSES, tmp_path, tmp_path / "result", folder, until, *KINDS)
     return [json.loads((tmp_path / f"result{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["base", "skill", "gate"])
-def test_two_processes_train_what_one_does_and_each_goes_on_for_the_other(kind, tmp_path):
+def test_two_processes_train_what_one_does_and_each_goes_on_for_the_other(tmp_path):
     """Two processes that see a batch each per step, and one that sees both; each is cut off after four steps, and the other kind goes on with it."""
-    assert two_of(kind, 8, folder=tmp_path / "two", tmp_path=tmp_path) == [None, None]
-    assert one_of(kind, folder=tmp_path / "one", accumulate=2, until=8) is None
-    with pytest.raises(ValueError, match=r"holds a run with \{'accumulate': 2\}, this one has \{'accumulate': 1\}"):
-        one_of(kind, folder=tmp_path / "two", accumulate=1, until=16)
-    _, first = one_of(kind, folder=tmp_path / "two", accumulate=2, until=16)
-    results = two_of(kind, 16, folder=tmp_path / "one", tmp_path=tmp_path)
-    assert results[0] == results[1]  # the same skill and the same rows on both
-    _, second = results[0]
-    assert [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()] == second
-    assert len(first) == len(second) == 8
-    one, two = (torch.tensor([row["loss"] for row in rows]) for rows in (first, second))
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    _, whole = one_of(kind, accumulate=2, until=16)
-    torch.testing.assert_close(one, torch.tensor([row["loss"] for row in whole]), rtol=1e-5, atol=1e-6)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert two_of(8, folder=two, tmp_path=tmp_path) == [dict.fromkeys(KINDS)] * 2
+    for kind in KINDS:
+        assert one_of(kind, folder=one / kind, accumulate=2, until=8) is None
+        with pytest.raises(ValueError, match=r"holds a run with \{'accumulate': 2\}, this one has \{'accumulate': 1\}"):
+            one_of(kind, folder=two / kind, accumulate=1, until=16)
+    results = two_of(16, folder=one, tmp_path=tmp_path)
+    assert results[0] == results[1]  # the same skills and the same rows on both
+    for kind, (_, second) in results[0].items():
+        _, first = one_of(kind, folder=two / kind, accumulate=2, until=16)
+        _, whole = one_of(kind, accumulate=2, until=16)
+        assert [json.loads(line) for line in (one / kind / "metrics.jsonl").read_text().splitlines()] == second
+        assert len(first) == len(second) == 8
+        losses = [torch.tensor([row["loss"] for row in rows]) for rows in (first, second, whole)]
+        for other in losses[1:]:
+            torch.testing.assert_close(losses[0], other, rtol=1e-5, atol=1e-6)
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
