@@ -13,11 +13,13 @@ The levels with equal losses: `nsec` and `asec` are those of `psec_continual`, o
 over the parameters with that loss, `nsec-noise` one over the noise with PSEC's. `nsec-each` and `asec-each` have a weight for every dimension of the
 action (arXiv 2506.09366), which parameters cannot have. `nsec-search` and `psec-search` have no gate but constant weights, searched by the return
 of episodes of other environment seeds (arXiv 2510.01068): that is, with the task's reward, which no other row is given.
+
+A second table has rows of `psec_continual`, and `mlp`, by the number of demonstrations: `psec-of-30` is its PSEC with thirty of the stochastic
+expert, `psec-of-det30` of the deterministic one.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from torch import nn
 import skillbank as sb
 from benchmarks import psec_continual, stored
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
-from benchmarks.psec_continual import BASE, ROOT, SCENARIOS, Level, Study, compute
+from benchmarks.psec_continual import BASE, MORE, ROOT, SCENARIOS, Level, Study, compute
 from skillbank.model import Model, ModelModule
 from skillbank.models.diffusion import Mish
 from skillbank.report import markdown
@@ -146,6 +148,12 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "nsec-search": partial(searched, noise=True),
     "psec-search": partial(searched, noise=False),
 }
+COUNTED: dict[str, Callable[[Study, str], Model]] = {
+    **{row: psec_continual.ROWS[row] for row in ("scratch", "lora", "asec", "nsec", "psec")},
+    "mlp": ROWS["mlp"],
+}
+"""Rows of the table by the number of demonstrations."""
+ROWS |= {f"{row}-of-{setting.removeprefix('sto')}": of for setting in MORE for row, of in COUNTED.items()}
 KEPT = {"rank-8": "psec", "rank-8-alone": "lora", "nsec": "nsec", "asec": "asec"}
 """Rows that `psec_continual` has."""
 
@@ -160,15 +168,35 @@ def read_results() -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Mean over seeds and episodes, its interval, and the mean of every seed."""
     lines = []
-    for row in sorted({*ROWS, *KEPT}, key=lambda name: [int(part) if part.isdigit() else part for part in name.split("-")]):
-        found = sorted((each for each in results if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
-        if found:
-            low, high = psec_continual.interval([each["returns"] for each in found])
-            mean = sum(each["mean"] for each in found) / len(found)
-            lines.append(
-                {"row": row, "mean": f"{mean:.0f}", "95 %": f"{low:.0f}..{high:.0f}", "per seed": " ".join(f"{each['mean']:.0f}" for each in found)}
-            )
+    own = [each for each in results if each["name"].startswith(f"{SCENARIO}/{SETTING}/")]
+    names = {each["name"].rpartition("/")[2] for each in own}
+    for row in sorted(names, key=lambda name: [part.zfill(2) for part in name.split("-")]):
+        found = sorted((each for each in own if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
+        low, high = psec_continual.interval([each["returns"] for each in found])
+        mean = sum(each["mean"] for each in found) / len(found)
+        per_seed = " ".join(f"{each['mean']:.0f}" for each in found)
+        lines.append({"row": row, "mean": f"{mean:.0f}", "95 %": f"{low:.0f}..{high:.0f}", "per seed": per_seed})
     return markdown(lines) if lines else "no results yet"
+
+
+def counted() -> str:
+    """Stored means over seeds and episodes by the number of demonstrations; in brackets how many seeds, where there are fewer than three."""
+    lines, results = [], stored.so_far(RESULTS) + psec_continual.read_results()
+    for row in COUNTED:
+        line: dict[str, Any] = {"": row}
+        for setting in ("det10", "det30", "sto3", "sto10", "sto30", "sto50", "sto100"):
+            means = [each["mean"] for each in results if each["name"] == f"{SCENARIO}/{setting}/{row}"]
+            few = f" ({len(means)})" if len(means) < 3 else ""
+            line[setting] = f"{sum(means) / len(means):.0f}{few}" if means else ""
+        lines.append(line)
+    return markdown(lines)
+
+
+def cell(row: str) -> tuple[str, str, str]:
+    """Setting and row that a row of the command line is in `psec_continual`, and the name of its results."""
+    row, _, setting = row.partition("-of-")
+    setting = setting if setting.startswith("det") else f"sto{setting}" if setting else SETTING
+    return setting, row, f"{SCENARIO}/{setting}/{row}"
 
 
 def main() -> None:
@@ -178,16 +206,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
+    computed = {row: partial(compute, SCENARIO, cell(row)[0], cell(row)[1], rows=ROWS | COUNTED) for row in options.rows}
     if options.quick:
         shutil.rmtree(Path("runs/psec_continual/quick"), ignore_errors=True)
-        quick = ("fit.steps=3", "batch_size=8")
-        print(table([compute(SCENARIO, SETTING, row, 0, quick, episodes=1, rows=ROWS) for row in options.rows]))
-        return
-    if not options.from_results:
-        cells = itertools.product(options.seeds, options.rows)
-        wanted = ((f"{SCENARIO}/{SETTING}/{row}", seed, partial(compute, SCENARIO, SETTING, row, seed, rows=ROWS)) for seed, row in cells)
+        quick = partial(partial, seed=0, overrides=("fit.steps=3", "batch_size=8"), episodes=1)
+        results = [quick(each)() | {"name": f"{SCENARIO}/{SETTING}/{row}"} for row, each in computed.items()]
+    elif not options.from_results:
+        wanted = ((cell(row)[2], seed, partial(each, seed=seed)) for seed in options.seeds for row, each in computed.items())
         stored.complete(RESULTS, wanted, lambda row: f"{row['mean']:.0f}")
-    print(table(read_results()))
+    print(table(results) if options.quick else f"{table(read_results())}\n\n{counted()}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_continual.jsonl"
 BASE = "walker/stand"
 SCENARIOS = {"S->W": ("walk", ("walk",)), "S->R": ("run", ("run",)), "S+W->R": ("run", ("walk", "run"))}
 SETTINGS = {"det10": ("_deterministic", 10), "sto10": ("", 10), "sto3": ("", 3)}
+MORE = {"det30": ("_deterministic_30", 30), **{f"sto{count}": ("_100", count) for count in (30, 50, 100)}}
+"""Of `walk`, for benchmarks/psec_ablations.py."""
 STEPS = {"walk": 4000, "run": 16000}
 """Of a skill of this library's recipe."""
 Level = Callable[[DiffusionPolicy, list[sb.Skill]], torch.nn.Module]
@@ -72,7 +74,7 @@ class Study:
     """One setting and one training seed: everything that its rows are made of, kept in a bank of its own and made once.
 
     Args:
-        setting: `det10`, `sto10` or `sto3`.
+        setting: of `SETTINGS` or `MORE`.
         seed: of all training.
         overrides: added to every training, for a quick run.
 
@@ -91,8 +93,9 @@ class Study:
 
     def task_overrides(self, task: str) -> list[str]:
         """Hydra overrides that choose a task's demonstrations."""
-        kind, count = SETTINGS[self.setting]
-        return [f"task=walker/{task}", f"task.demonstrations=demos/walker/{task}{kind}.npz", f"task.episodes={count}"]
+        kind, count = (SETTINGS | MORE)[self.setting]
+        given = [f"task=walker/{task}", f"task.demonstrations=demos/walker/{task}{kind}.npz", f"task.episodes={count}"]
+        return given if self.setting in SETTINGS else [*given, "task.held_out=0"]
 
     def task(self, task: str) -> ControlTask:
         """The task with this setting's demonstrations, plain."""
