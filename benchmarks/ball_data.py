@@ -130,6 +130,14 @@ class Controller(Protocol):
         ...
 
 
+class Kind(Protocol):
+    """A class of controllers."""
+
+    def random(self, rng: np.random.Generator, n: int) -> Controller:
+        """Controllers for n balls or cars at once."""
+        ...
+
+
 class Simulation(Protocol):
     """What can be rolled out: a `Ball`, or Bullet itself."""
 
@@ -164,13 +172,13 @@ def roll_out(task: Simulation, controller: Controller, rng: np.random.Generator,
     return Trajectories(**{name: np.stack(each, axis=1).astype(np.float32) for name, each in columns}, finals=task.observe(states))
 
 
-def choose(sweep: Trajectories, most: int, most_cost: int = MOST_COST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def choose(sweep: Trajectories, most: int, most_cost: int = MOST_COST, safe_cost: int = SAFE_COST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which trajectories of a sweep are the data, and which of those are to be imitated.
 
-    To be imitated: the first 30 that cost 2 at most and whose return is in the top tenth of all of such a cost. The data: these, and then all that
-    cost `most_cost` at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all.
+    To be imitated: the first 30 that cost `safe_cost` at most and whose return is in the top tenth of all of such a cost. The data: these, and then
+    all that cost `most_cost` at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all.
     """
-    safe = np.flatnonzero(sweep.cost <= SAFE_COST)
+    safe = np.flatnonzero(sweep.cost <= safe_cost)
     best = safe[sweep.returns[safe] >= np.quantile(sweep.returns[safe], 0.9)][:IMITATED]
     every = np.flatnonzero(sweep.cost <= most_cost)
     every = np.concatenate([best, np.setdiff1d(every, best)])

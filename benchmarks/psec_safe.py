@@ -6,7 +6,8 @@ python -m benchmarks.psec_safe --quick            one tiny cell of each row, to 
 
 A result is one line of the results file: a task and a row such as `run/gate`, a training seed, and returns and costs of twenty test episodes.
 Nothing is chosen by them: what was tuned was tuned on environment seeds from 20,000 on. The tasks are DSRL's BallRun and BallCircle without
-Bullet, the data are ours (demos/README.md): the paper's figures, for its own data, stand beside ours for the order of the rows.
+Bullet, and CarRun and CarCircle in Bullet itself, which `make bullet` installs; the data are ours (demos/README.md): the paper's figures, for its
+own data, stand beside ours for the order of the rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 import compose as compose_entry
 import skillbank as sb
 import train as train_entry
-from benchmarks import stored
+from benchmarks import bullet_environment, stored
 from benchmarks.example_safe import COST, CRITIC, NET, REWARD, SKILL, STEPS
 from benchmarks.levels import ActionLevel, NoiseLevel
 from benchmarks.psec_continual import interval, tuned
@@ -44,7 +45,8 @@ from skillbank.tasks.offline import OfflineTask
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "psec_safe.jsonl"
-TASKS = ("run", "circle")
+TASKS = {"run": "ball/run", "circle": "ball/circle", "car_run": "car/run", "car_circle": "car/circle"}
+"""Names and configurations. The cars need Bullet."""
 HJ = ("model.objective=hj", "model.discount=0.9")
 QUICK = ("fit.steps=3", "batch_size=8")
 SAMPLES = 16
@@ -97,7 +99,7 @@ class Study:
     """One task and one training seed: everything that its rows are made of, kept in a bank and made once.
 
     Args:
-        name: of the task, `run` or `circle`.
+        name: of the task, one of TASKS.
         seed: of all training.
         quick: train next to nothing.
 
@@ -113,6 +115,11 @@ class Study:
         return Path("runs/psec_safe") / ("quick" if self.quick else "full")
 
     @property
+    def bullet(self) -> bool:
+        """Whether the task needs Bullet."""
+        return TASKS[self.name].startswith("car/")
+
+    @property
     def bank(self) -> sb.Bank:
         """Where everything is kept."""
         return sb.Bank(self.folder / "bank")
@@ -124,7 +131,9 @@ class Study:
 
     def task(self, kind: str = "") -> OfflineTask:
         """The task with all data, or with the safe demonstrations (`_safe`)."""
-        made: OfflineTask = instantiate(self.conf("train", f"task=ball/{self.name}{kind}").task, _convert_="all")
+        if self.bullet:
+            bullet_environment.ensure_data(self.name)
+        made: OfflineTask = instantiate(self.conf("train", f"task={TASKS[self.name]}{kind}").task, _convert_="all")
         made.max_steps = 20 if self.quick else None
         return made
 
@@ -140,7 +149,7 @@ class Study:
         except (FileNotFoundError, KeyError):
             pass
         print(f"-- {name}", flush=True)
-        given = (f"task=ball/{self.name}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
+        given = (f"task={TASKS[self.name]}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
         return entry(self.conf(entry.__name__, *given, *overrides))
 
     def policy(self, name: str, kind: str, steps: int) -> str:
@@ -248,11 +257,11 @@ class Row:
 
     label: str
     model: Callable[[Study], Model]
-    paper: tuple[str, str] = ("", "")
+    paper: tuple[str, str, str, str] = ("", "", "", "")
 
 
 ROWS = {
-    "base": Row("policy of all data", Study.base, ("0.67 / 11.38", "0.72 / 10.02")),
+    "base": Row("policy of all data", Study.base, ("0.67 / 11.38", "0.72 / 10.02", "0.96 / 1.88", "0.65 / 11.16")),
     "reward": Row("reward skill alone", partial(Study.alone, which=0)),
     "cost": Row("cost skill alone", partial(Study.alone, which=1)),
     "half": Row("both skills, half each", partial(Study.fixed, weights="[0.5,0.5]")),
@@ -260,9 +269,13 @@ ROWS = {
     "feasible": Row("one policy, weighted as in FISOR", Study.feasible),
     "scratch": Row("safe demonstrations alone", Study.scratch),
     "lora": Row("LoRA of the safe demonstrations", Study.lora),
-    "asec": Row("composed actions (ASEC)", partial(Study.level, kind=ActionLevel), ("0.35 / 4.35", "0.54 / 1.58")),
-    "nsec": Row("composed noise (NSEC)", partial(Study.level, kind=NoiseLevel), ("0.58 / 7.46", "0.58 / 2.08")),
-    "gate": Row("gate over both skills (PSEC)", partial(Study.gate, regulariser="none"), ("0.15 / 0.95", "0.34 / 0.22")),
+    "asec": Row("composed actions (ASEC)", partial(Study.level, kind=ActionLevel), ("0.35 / 4.35", "0.54 / 1.58", "0.93 / 0.39", "0.41 / 2.86")),
+    "nsec": Row("composed noise (NSEC)", partial(Study.level, kind=NoiseLevel), ("0.58 / 7.46", "0.58 / 2.08", "0.93 / 0.66", "0.40 / 2.62")),
+    "gate": Row(
+        "gate over both skills (PSEC)",
+        partial(Study.gate, regulariser="none"),
+        ("0.15 / 0.95", "0.34 / 0.22", "0.83 / 0.00", "0.36 / 0.20"),
+    ),
     "gate-mean": Row("the same, regulariser *mean*", partial(Study.gate, regulariser="mean")),
     "gate-code": Row("the same, regulariser *code*", partial(Study.gate, regulariser="code")),
     "base-hot": Row("policy of all data, temperature 1", partial(Study.hot, gated=False)),
@@ -304,7 +317,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for (i, name), (row, about) in itertools.product(enumerate(TASKS), ROWS.items()):
         found = sorted((each for each in results if each["name"] == f"{name}/{row}"), key=lambda each: each["seed"])
         if found:
-            conf = Study(name, 0).conf("train", f"task=ball/{name}").task
+            conf = Study(name, 0).conf("train", f"task={TASKS[name]}").task
             low, high = conf.return_range
             returns = [[(each - low) / (high - low) for each in result["returns"]] for result in found]
             costs = [[each / conf.cost_limit for each in result["costs"]] for result in found]
@@ -338,7 +351,14 @@ def main() -> None:
         shutil.rmtree("runs/psec_safe/quick", ignore_errors=True)
         results = [compute(Study(options.tasks[0], 0, quick=True), row, episodes=2) for row in options.rows]
     elif not options.from_results:
-        wanted = ((f"{study.name}/{row}", study.seed, partial(compute, study, row)) for study, row in cells(options))
+        done = {(each["name"], each["seed"]) for each in results}
+        missing = [(study, row) for study, row in cells(options) if (f"{study.name}/{row}", study.seed) not in done]
+        if any(study.bullet for study, _ in missing):
+            try:
+                bullet_environment.python()
+            except ImportError as error:
+                parser.error(f"{error}, or leave out the cars: --tasks run circle")
+        wanted = ((f"{study.name}/{row}", study.seed, partial(compute, study, row)) for study, row in missing)
         stored.complete(RESULTS, wanted, lambda row: f"{sum(row['returns']) / 20:.0f}, cost {sum(row['costs']) / 20:.1f}")
         results = read_results()
     print(table(results))

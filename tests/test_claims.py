@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.claims import Claim, Comparison, page
+from benchmarks.claims import Claim, Comparison, best, page
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +64,19 @@ def test_a_claim(found, verdict):
 
 def test_the_page_is_made_of_what_is_stored():
     assert (ROOT / "docs/results.md").read_text() == page()
+
+
+def test_a_rival_is_what_keeps_the_limit():
+    """FISOR's row always is one, a single skill only if it does, or is missing."""
+    costs = {"car_run/gate": seeds(2), "car_run/reward": seeds(40), "car_run/cost": seeds(1), "car_run/feasible": seeds(30)}
+    returns = {"car_run/gate": seeds(400), "car_run/reward": seeds(900), "car_run/cost": seeds(100), "car_run/feasible": seeds(300)}
+
+    def found():
+        claim = best("car_run", lambda name: costs.get(name, []), lambda name: returns.get(name, []))
+        return claim.verdict, [each.says.rpartition("than ")[2] for each in claim.comparisons]
+
+    assert found() == ("reproduced", ["10", "one policy weighted as in FISOR", "cost skill alone"])
+    costs["car_run/reward"] = seeds(9)
+    assert found() == ("not reproduced", ["10", "one policy weighted as in FISOR", "reward skill alone", "cost skill alone"])
+    del costs["car_run/reward"], returns["car_run/reward"]
+    assert found()[0] == "open"

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-import bullet_safety_gym  # noqa: F401
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ball_data import SEED, Controller, Trajectories, roll_out
+from benchmarks.ball_data import SEED, Kind, Trajectories, roll_out
+from benchmarks.bullet.served import begun, made
 from skillbank.tasks.ball import Floats
-
-
-class Kind(Protocol):
-    """A class of controllers."""
-
-    def random(self, rng: np.random.Generator, n: int) -> Controller:
-        """Controllers for n balls or cars at once."""
-        ...
 
 
 class Bullet:
     """One environment with one ball or car. A state is x, y, their speeds and the yaw; those that it is told are ignored, for Bullet has its own."""
 
     def __init__(self, environment: str) -> None:
-        limited = gymnasium.make(environment, disable_env_checker=True)
-        assert limited.spec
-        assert limited.spec.max_episode_steps
-        self.steps, self.env = limited.spec.max_episode_steps, limited.unwrapped
+        limited = made(environment)
+        self.steps: int = limited.spec.max_episode_steps
+        self.env = limited.unwrapped
         self.seen: NDArray[np.float64] = np.zeros(0)
 
     def start(self, rng: np.random.Generator, balls: int) -> Floats:
         """State (1, 5) to begin with; the environment draws it from NumPy's global random numbers."""
-        np.random.seed(int(rng.integers(2**32)))
-        self.seen, _ = self.env.reset()
+        self.seen = begun(self.env, int(rng.integers(2**32)))
         return self._states()
 
     def step(self, states: Floats, actions: Floats) -> tuple[Floats, Floats, Floats]:
@@ -47,7 +36,7 @@ class Bullet:
         return self.seen[None].astype(np.float32)
 
     def _states(self) -> Floats:
-        agent: Any = self.env.agent  # type: ignore[attr-defined]
+        agent: Any = self.env.agent
         state: Floats = agent.get_state()
         return state[None, [0, 1, 3, 4, 8]]
 
