@@ -258,7 +258,7 @@ def draw_weights(scenes: Mapping[str, Episodes], mean: int = 5) -> Figure:
             axis.set_xlim(0, len(scene.rewards))
             axis.tick_params(labelsize=7)
         reward.set_xlabel("step", fontsize=8)
-    axes[0, 0].legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="center right")
     for axis, label in zip(axes[:, 0], ("weight\n(1 = as trained)", "torso height, m", "reward per step"), strict=True):
         axis.set_ylabel(label, fontsize=8)
     axes[2, 0].set_ylim(0, 1)
@@ -307,7 +307,7 @@ def run_weights(out: Path, *, quick: bool = False) -> list[stored.Row]:
     shipped, anew, other = cast("Composed", sb.load(GATE, "adapters")), *(trained(POLICIES[run], *steps) for run in ("run", "run from stand"))
     made = {"shipped": (shipped, PLAIN), "shipped, pushed": (shipped, PUSHED)}
     made |= {"from equal weights": (anew, PLAIN), "from equal weights, run@1": (other, PLAIN)}
-    episodes, limit = (2, 40) if quick else (5, 1000)
+    episodes, limit = (2, 20) if quick else (5, 1000)
     scenes = {name: play(model, environment, episodes=episodes, steps=limit) for name, (model, environment) in made.items()}
     save(draw_weights({name: scene for name, scene in scenes.items() if name != "shipped"}), out / "weights.svg")
     return [{"figure": "weights", "name": name, **weights_of(scene)} for name, scene in scenes.items()]
