@@ -62,6 +62,11 @@ def test_gates_by_reward():
     assert all(row["weights"].count("+-") == (2 if "run" in row[""] else 1) for row in rows[4:])
 
 
+def test_skills_are_discovered_in_long_episodes():
+    rows = {row["cut by"]: row for row in rows_of(run("benchmarks.discovery", "--quick"))}
+    assert float(rows["base"]["f1"].partition(" ")[0]) >= 0.8 > float(rows["uniform"]["f1"].partition(" ")[0])
+
+
 def test_running_and_training_beside_their_peers():
     layer = run("benchmarks.runtime", "--quick")
     assert layer.returncode == 0, layer.stderr[-2000:]
