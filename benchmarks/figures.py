@@ -307,7 +307,7 @@ def run_weights(out: Path, *, quick: bool = False) -> list[stored.Row]:
     shipped, anew, other = cast("Composed", sb.load(GATE, "adapters")), *(trained(POLICIES[run], *steps) for run in ("run", "run from stand"))
     made = {"shipped": (shipped, PLAIN), "shipped, pushed": (shipped, PUSHED)}
     made |= {"from equal weights": (anew, PLAIN), "from equal weights, run@1": (other, PLAIN)}
-    episodes, limit = (2, 20) if quick else (5, 1000)
+    episodes, limit = (1, 10) if quick else (5, 1000)
     scenes = {name: play(model, environment, episodes=episodes, steps=limit) for name, (model, environment) in made.items()}
     save(draw_weights({name: scene for name, scene in scenes.items() if name != "shipped"}), out / "weights.svg")
     return [{"figure": "weights", "name": name, **weights_of(scene)} for name, scene in scenes.items()]
