@@ -111,6 +111,12 @@ def test_a_quick_cell_of_the_experiment():
     assert "S+W->R/sto3/nsec" in done.stdout
 
 
+def test_quick_cells_of_the_ablations():
+    rows = rows_of(run("benchmarks.psec_ablations", "--quick", "--rows", "nsec-search", "asec-each", "psec-of-30"))
+    assert [row["row"] for row in rows] == ["asec-each", "nsec-search", "psec-of-30"]
+    assert all(0 < float(row["mean"]) < 20 for row in rows)  # of twenty steps
+
+
 def test_a_bank_survives_faults():
     done = run("benchmarks.bank_faults", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]
