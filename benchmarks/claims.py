@@ -252,8 +252,8 @@ this page of what is stored in benchmarks/results; its text says what an effect,
 ([demos/README.md](../demos/README.md)), so that orders of rows can be compared with the paper's, not numbers.
 
 Pictures with numbers beside them, of weights along an episode and of skills at three levels, are in
-[walker.md](walker.md#figures-weights-along-an-episode-skills-at-three-levels). Gates trained on demonstrations stay near 1 for the newest skill; at the
-same states the features of a hidden layer tell skills apart better than actions do, and two trainings of one task as well."""
+[walker.md](walker.md#figures-weights-along-an-episode-skills-at-three-levels). Gates trained on demonstrations stay near 1 for the newest skill; at
+the same states the features of a hidden layer tell skills apart better than actions do, and two trainings of one task as well."""
     tables = {
         "Stand to walk, stand to run, stand and walk to run": psec_continual,
         "What in the recipe matters": psec_ablations,
