@@ -33,7 +33,8 @@ experts:
 	$(PYTHON) -m venv .venv-experts
 	.venv-experts/bin/pip install -c constraints.txt 'gymnasium[mujoco]' 'sbx-rl>=0.28'
 
-# Bullet-Safety-Gym wants other versions of what .venv has: how close skillbank.tasks.ball comes to it.
+# Bullet-Safety-Gym, which wants other versions of what .venv has: benchmarks.psec_safe has its cars simulated there. Needs Python 3.11 or later and,
+# where pip finds no wheel of pybullet, a C++ compiler, Python's headers and some minutes. Prints how close skillbank.tasks.ball comes to it.
 bullet: .venv-bullet/.installed
 	.venv-bullet/bin/python -W ignore -m benchmarks.bullet.ball
 

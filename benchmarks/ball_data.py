@@ -172,15 +172,20 @@ def roll_out(task: Simulation, controller: Controller, rng: np.random.Generator,
     return Trajectories(**{name: np.stack(each, axis=1).astype(np.float32) for name, each in columns}, finals=task.observe(states))
 
 
-def choose(sweep: Trajectories, most: int, most_cost: int = MOST_COST, safe_cost: int = SAFE_COST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def choose(
+    sweep: Trajectories, most: int, most_cost: int = MOST_COST, safe_cost: int = SAFE_COST, most_safe: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which trajectories of a sweep are the data, and which of those are to be imitated.
 
     To be imitated: the first 30 that cost `safe_cost` at most and whose return is in the top tenth of all of such a cost. The data: these, and then
-    all that cost `most_cost` at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all.
+    all that cost `most_cost` at most, as long as there are fewer than PER_CELL in a cell of 60 costs x 50 returns, and fewer than `most` in all; of
+    those that cost `safe_cost` at most the first `most_safe`.
     """
     safe = np.flatnonzero(sweep.cost <= safe_cost)
     best = safe[sweep.returns[safe] >= np.quantile(sweep.returns[safe], 0.9)][:IMITATED]
     every = np.flatnonzero(sweep.cost <= most_cost)
+    if most_safe is not None:
+        every = np.setdiff1d(every, np.setdiff1d(safe, best)[max(most_safe - len(best), 0) :])
     every = np.concatenate([best, np.setdiff1d(every, best)])
     cost, returns = sweep.cost[every], sweep.returns[every]
     columns = np.minimum(cost / most_cost * GRID[0], GRID[0] - 1).astype(int)

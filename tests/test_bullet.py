@@ -48,14 +48,18 @@ def driven(car, controller, n=1, noise=0.0):
     return roll_out(car, controller, np.random.default_rng(0), n, np.full((n, 1), noise)).observations
 
 
-def test_a_runner_holds_its_side_and_its_speeds():
-    speeds, sides = np.array([[1.2, 1.4], [2.0, 1.4]]), np.array([-1.0, 1.5])
-    x, y, vx, *_ = np.moveaxis(driven(Car(1 / 30, (0, 0, 0, 0, np.pi)), CarRunner(speeds, np.array([6.0, 6.0]), sides), 2), -1, 0)
-    for each, (slow, fast) in enumerate(speeds.T):
-        np.testing.assert_allclose(vx[each, (x[each] > 4) & (x[each] < 6)], slow, atol=0.15)
-        np.testing.assert_allclose(vx[each, x[each] > 8.5], fast, atol=0.15)
+def test_a_runner_holds_its_side_and_may_get_faster():
+    sides = np.array([-1.0, 1.5])
+    controller = CarRunner(np.array([1.2, 1.4]), np.array([0.1, 0.0]), np.array([2.0, 2.0]), np.array([1.0, 1.0]), sides)
+    x, y, vx, *_ = np.moveaxis(driven(Car(1 / 30, (0, 0, 0, 0, np.pi)), controller, 2), -1, 0)
+    for each, speed in enumerate(controller.speed):
+        np.testing.assert_allclose(vx[each, (x[each] > 1.5) & (x[each] < 2)], speed, atol=0.15)
         assert y[each, -1] == pytest.approx(sides[each], abs=0.1)
         assert np.abs(y[each]).max() < abs(sides[each]) + 0.1
+    assert np.diff(vx[0, x[0] > 2.5]).min() > 0
+    assert vx[0, (x[0] > 4.5) & (x[0] < 5)].max() < 1.5
+    assert vx[0, -1] > 2.2
+    assert vx[1].max() < 1.45
 
 
 @pytest.mark.parametrize("widths", [(5.0, 5.0), (5.5, 9.0), (9.0, 9.0)])
@@ -96,10 +100,12 @@ def test_what_data_are_judged_by():
     }
 
 
-def test_what_is_imitated_may_cost_what_a_task_says():
+def test_what_is_imitated_may_cost_what_a_task_says_and_few_others_are_safe():
     sweep = trajectories([0, 2, 5, 6, 50], [1, 2, 3, 4, 5])
-    assert choose(sweep, 5)[1].tolist() == [1]
-    assert choose(sweep, 5, 100, 5)[1].tolist() == [2]
+    assert [each.tolist() for each in choose(sweep, 5)] == [[0, 1, 2, 3, 4], [1]]
+    assert [each.tolist() for each in choose(sweep, 5, 100, 5)] == [[0, 1, 2, 3, 4], [2]]
+    assert [each.tolist() for each in choose(sweep, 5, 100, 5, most_safe=2)] == [[0, 2, 3, 4], [2]]
+    assert [each.tolist() for each in choose(sweep, 5, 100, 5, most_safe=0)] == [[2, 3, 4], [2]]
 
 
 @pytest.mark.parametrize("name", [name for name in psec_safe.TASKS if psec_safe.Study(name, 0).bullet])

@@ -59,7 +59,7 @@ PAGES = {
     "runtime": ["runtime", "policy", "training"],
     "language": ["strings", "language", "real_model"],
     "walker": ["discovery", "gate_by_reward"],
-    "safe": ["psec_safe"],
+    "safe": ["psec_safe", "psec_safe_bullet"],
 }
 
 

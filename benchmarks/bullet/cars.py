@@ -15,7 +15,9 @@ LINE = 0.4
 """Which share of the distance to a line is driven towards it per metre."""
 LIMIT = 10
 """Of costs per episode, DSRL's."""
-BURST = 48
+LEGAL = 1.5
+"""Speed of a car on the straight from which on it costs, m/s."""
+BURST = 46
 """Steps that a car on the straight is too fast for, at most."""
 
 
@@ -30,25 +32,38 @@ def driven(along: Floats, across: Floats, speed: Floats, turn: Floats, states: F
 
 @dataclass(frozen=True)
 class CarRunner:
-    """As `Runner`, which see, with wheels."""
+    """Holds a speed along x and a distance to the side; from some place on it may get faster and faster, and above LEGAL at once much faster.
 
-    speeds: Floats
+    Args:
+        speed: until then, m/s.
+        gain: by how much the speed grows from then on, 1/s.
+        turn: the place, m.
+        more: speed that is added above LEGAL, m/s.
+        side: y to be held, m.
+
+    """
+
+    speed: Floats
+    gain: Floats
     turn: Floats
+    more: Floats
     side: Floats
 
     @staticmethod
     def random(rng: np.random.Generator, n: int) -> CarRunner:
-        """Of all kinds: careful ones, and ones that are too fast at the end or at the start, for BURST steps at most, or too far to the side."""
-        kind = rng.choice(4, n, p=[0.3, 0.6, 0.05, 0.05])
-        slow, fast, steps = rng.uniform(0.9, 1.5, n), rng.uniform(1.7, 2.6, n), rng.uniform(14, BURST, n)
-        speeds = np.stack([np.where(kind == 2, fast, slow), np.where(kind == 1, fast, slow)])
-        turn = np.where(kind == 2, fast, slow) * np.where(kind == 2, steps + 10, 195 - steps) / 30
-        return CarRunner(speeds, turn, np.where(kind == 3, rng.uniform(1.8, 2.3, n) * rng.choice([-1, 1], n), rng.uniform(-1.5, 1.5, n)))
+        """Of all kinds: careful ones, ones that are too fast for the last 24 to BURST steps or so, and ones that are too far to the side."""
+        kind = rng.choice(3, n, p=[0.32, 0.65, 0.03])
+        speed, turn, more = rng.uniform(0.9, 1.46, n), rng.uniform(0.2, 0.8, n), rng.uniform(0.3, 1.4, n)
+        time = (195 - rng.uniform(24, BURST, n)) / 30 - turn / speed
+        gain = np.where(kind == 1, np.log(LEGAL / speed) / np.maximum(time, 0.5), 0)
+        side = np.where(kind == 2, rng.uniform(1.8, 2.3, n) * rng.choice([-1, 1], n), rng.uniform(-1.5, 1.5, n))
+        return CarRunner(speed, gain, turn, more, side)
 
     def __call__(self, states: Floats) -> Floats:
         """Actions (n, 2), not clipped."""
         x, y = states[..., 0], states[..., 1]
-        speed = np.where(x < self.turn, self.speeds[0], self.speeds[1])
+        speed = self.speed + self.gain * np.maximum(x - self.turn, 0)
+        speed = speed + self.more * np.clip(100 * (speed - LEGAL), 0, 1)
         return driven(np.ones_like(x), np.clip(0.4 * (self.side - y), -0.5, 0.5), speed, np.zeros_like(x), states)
 
 
@@ -98,6 +113,7 @@ class Sweep:
         most: how many are kept at most.
         most_cost: of those.
         safe_cost: of those to be imitated.
+        most_safe: how many of those are kept at most.
         returns: least and most return that DSRL divides by.
 
     """
@@ -108,14 +124,15 @@ class Sweep:
     most: int
     most_cost: int
     safe_cost: int
+    most_safe: int | None
     returns: tuple[float, float]
 
 
 SWEEPS = {
-    "ball_run": Sweep("SafetyBallRun-v0", Runner, 2000, 800, 80, 2, (26.34, 1327.45)),
-    "ball_circle": Sweep("SafetyBallCircle-v0", Circler, 2000, 340, 80, 2, (0.383, 881.46)),
-    "car_run": Sweep("SafetyCarRun-v0", CarRunner, 850, 800, 40, 2, (204.29, 574.65)),
-    "car_circle": Sweep("SafetyCarCircle-v0", CarCircler, 850, 800, 100, 5, (3.48, 534.31)),
+    "ball_run": Sweep("SafetyBallRun-v0", Runner, 2000, 800, 80, 2, None, (26.34, 1327.45)),
+    "ball_circle": Sweep("SafetyBallCircle-v0", Circler, 2000, 340, 80, 2, None, (0.383, 881.46)),
+    "car_run": Sweep("SafetyCarRun-v0", CarRunner, 900, 800, 40, 2, 70, (204.29, 574.65)),
+    "car_circle": Sweep("SafetyCarCircle-v0", CarCircler, 800, 800, 100, 5, 100, (3.48, 534.31)),
 }
 
 

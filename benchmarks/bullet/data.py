@@ -20,7 +20,7 @@ def main() -> None:
     """Write the files of the tasks that are named, and print their lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", choices=SWEEPS)
-    parser.add_argument("--swept", type=int, help="trajectories; 2000 of a ball and 850 of a car where it is not given")
+    parser.add_argument("--swept", type=int, help="trajectories; 2000 of a ball, 900 of car_run and 800 of car_circle where it is not given")
     parser.add_argument("--folder", type=Path, default=Path("runs/bullet"))
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -28,7 +28,7 @@ def main() -> None:
     for name in arguments.tasks:
         task = SWEEPS[name]
         done = sweep(task.environment, task.kind, arguments.swept or task.swept)
-        data, best = choose(done, task.most, task.most_cost, task.safe_cost)
+        data, best = choose(done, task.most, task.most_cost, task.safe_cost, task.most_safe)
         for leaf, which in {name: data, f"{name}_safe": best}.items():
             np.savez_compressed(folder / f"{leaf}.npz", **vars(done[which]))
             print(row(folder / f"{leaf}.npz", done[which]), flush=True)
