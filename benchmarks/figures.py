@@ -16,6 +16,8 @@ the episodes asked about (three folds, an episode of every task each).
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -297,8 +299,17 @@ def draw_levels(panels: Mapping[tuple[str, str], tuple[Points, Mapping[str, Any]
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG file that is the same whenever the figure is."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, format="svg", dpi=80, metadata={"Date": None, "Creator": None})
+        figure.savefig(drawn, format="svg", dpi=80, metadata={"Date": None, "Creator": None})
+    path.write_text(numbered(drawn.getvalue()))
+
+
+def numbered(svg: str) -> str:
+    """The same picture with the names of its parts in their order: matplotlib's depend on what was drawn before in the process."""
+    names = dict.fromkeys(re.findall(r'id="([a-zA-Z][0-9a-f]{10})"', svg))
+    numbers = {name: f"{name[0]}{i}" for i, name in enumerate(names)}
+    return re.sub(r'(id="|#)([a-zA-Z][0-9a-f]{10})\b', lambda found: found[1] + numbers.get(found[2], found[2]), svg)
 
 
 def run_weights(out: Path, *, quick: bool = False) -> list[stored.Row]:
