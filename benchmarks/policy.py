@@ -1,7 +1,7 @@
 """One observation, 64 action samples, 5 denoise steps, K skills under a gate: the time to act, ours beside the same formulas in JAX.
 
 python -m benchmarks.policy                     K = 2, 8, 32 and N = 1, 64 on one and two threads; stored in benchmarks/results/policy.jsonl
-python -m benchmarks.policy --quick             K = 2 and few rounds, on one thread; stores nothing
+python -m benchmarks.policy --quick             a tiny net, K = 2 and few rounds, on one thread; stores nothing
 python -m benchmarks.policy --from-results      the stored table
 
 The walker's policy (24 observations, 6 actions, 1.64 million weights), skills of rank 8. "reference" is PEFT's layers and a hook; "planned" is what
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,15 +35,20 @@ from skillbank.runtime.products import product
 RESULTS = Path(__file__).parent / "results" / "policy.jsonl"
 
 
-def policy() -> DiffusionPolicy:
-    """The walker's, with weights as they start."""
+Net = Mapping[str, Any]
+WALKER: Net = {"dropout": 0.0}
+TINY: Net = {"dropout": 0.0, "width": 32, "blocks": 1}
+
+
+def policy(net: Net) -> DiffusionPolicy:
+    """The walker's, or a tiny one, with weights as they start."""
     torch.manual_seed(0)
-    return DiffusionPolicy(24, 6, dropout=0.0).eval()
+    return DiffusionPolicy(24, 6, **net).eval()
 
 
-def skills(count: int) -> list[sb.Skill]:
+def skills(of: Net, count: int) -> list[sb.Skill]:
     """Skills of rank 8 on all of its layers."""
-    net, found = policy().net, []
+    net, found = policy(of).net, []
     for seed in range(count):
         torch.manual_seed(seed)
         sb.fresh(net, rank=8, scale=1.0)
@@ -52,10 +58,10 @@ def skills(count: int) -> list[sb.Skill]:
     return found
 
 
-def gated(count: int, samples: int, wanted: Any = None) -> sb.Composed:
+def gated(net: Net, count: int, samples: int, wanted: Any = None) -> sb.Composed:
     """Base, skills and a gate that tells observations apart."""
-    model = policy()
-    mixture = Mixture(model.net, skills(count))
+    model = policy(net)
+    mixture = Mixture(model.net, skills(net, count))
     gate = sb.MLPGate(24, count)
     nn.init.normal_(gate.head.weight, std=0.05)
     carry_out(plan_gated(model.net, mixture, repeats=samples * model.steps, passes=model.steps, wanted=wanted), model.net, mixture)
@@ -64,18 +70,18 @@ def gated(count: int, samples: int, wanted: Any = None) -> sb.Composed:
     return sb.Composed(model, gate, mixture).eval()
 
 
-def contenders(count: int, samples: int) -> dict[str, Any]:
+def contenders(net: Net, count: int, samples: int) -> dict[str, Any]:
     """What is timed, by name."""
     observation = torch.randn(1, 24)
     batch = {"observation": observation}
-    reference, planned = gated(count, samples, "reference"), gated(count, samples)
+    reference, planned = gated(net, count, samples, "reference"), gated(net, count, samples)
     planned.gate.load_state_dict(reference.gate.state_dict())
     for model in (reference, planned):
         cast("DiffusionPolicy", model.model).temperature = 0.0
     torch.testing.assert_close(planned.predict(batch), reference.predict(batch), rtol=1e-3, atol=1e-3)
-    base = policy()
-    constant = policy()
-    merged = sb.stack(skills(count), [1 / count] * count)
+    base = policy(net)
+    constant = policy(net)
+    merged = sb.stack(skills(net, count), [1 / count] * count)
     carry_out(plan_constant(constant.net, merged), constant.net, merged)
     lay_out(constant.net)
     fast, always = Compiled(copy.deepcopy(planned)), Compiled(constant)
@@ -88,7 +94,7 @@ def contenders(count: int, samples: int) -> dict[str, Any]:
         "merged, compiled": lambda: always.predict(batch, samples=samples),
     }
     if importlib.util.find_spec("jax"):
-        found["JAX"] = jax_contender(count, samples, reference, observation)
+        found["JAX"] = jax_contender(net, count, samples, reference, observation)
     for composed in (reference, planned, cast("sb.Composed", fast.model)):
         cast("DiffusionPolicy", composed.model).temperature = 1.0
     return found
@@ -112,19 +118,19 @@ def limit(base: DiffusionPolicy, rank: int, samples: int) -> Any:
     return products
 
 
-def jax_contender(count: int, samples: int, reference: sb.Composed, observation: torch.Tensor) -> Any:
+def jax_contender(net: Net, count: int, samples: int, reference: sb.Composed, observation: torch.Tensor) -> Any:
     """The twin, after it has shown that it is one."""
     import jax
 
     from benchmarks.twin import Twin, check
 
-    model = policy()
+    model = policy(net)
     model.temperature = 0.0
-    twin = Twin(model, skills(count))
+    twin = Twin(model, skills(net, count))
     apart = check(twin, reference, observation)
     assert apart < 1e-3, f"the twin's actions are {apart} from ours"
     model.temperature = 1.0
-    twin = Twin(model, skills(count))
+    twin = Twin(model, skills(net, count))
     gate, seen = twin.gate(cast("sb.MLPGate", reference.gate)), jax.numpy.asarray(observation.numpy())
     key = jax.random.PRNGKey(0)
     return lambda: twin.act(twin.base, twin.a, twin.b, gate, seen, key, samples=samples).block_until_ready()
@@ -132,12 +138,12 @@ def jax_contender(count: int, samples: int, reference: sb.Composed, observation:
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Rows for this number of threads."""
-    counts, samples, rounds = ([2], [64], 3) if quick else ([2, 8, 32], [1, 64], 40)
+    net, counts, samples, rounds = (TINY, [2], [64], 3) if quick else (WALKER, [2, 8, 32], [1, 64], 40)
     rows = []
     for count in counts:
         for number in samples:
             with torch.no_grad():
-                times = paired(contenders(count, number), rounds=rounds)
+                times = paired(contenders(net, count, number), rounds=rounds)
             for who, time in times.items():
                 rows.append({"K": count, "N": number, "threads": threads, "who": who} | {key: 1e3 * value for key, value in time.items()})
     return rows
@@ -155,7 +161,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    run_pinned(__doc__, "K = 2 and few rounds", "benchmarks.policy", RESULTS, measure, show)
+    run_pinned(__doc__, "a tiny net, K = 2 and few rounds", "benchmarks.policy", RESULTS, measure, show)
 
 
 if __name__ == "__main__":
