@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import gymnasium
-import matplotlib
 import numpy as np
 import torch
 from hydra import compose as hydra_compose
@@ -300,13 +299,12 @@ def save(figure: Figure, path: Path) -> None:
     """Write an SVG file that is the same whenever the figure is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(drawn, format="svg", dpi=80, metadata={"Date": None, "Creator": None})
+    figure.savefig(drawn, format="svg", dpi=80, metadata={"Date": None, "Creator": None})
     path.write_text(numbered(drawn.getvalue()))
 
 
 def numbered(svg: str) -> str:
-    """The same picture with the names of its parts in their order: matplotlib's depend on what was drawn before in the process."""
+    """The same picture with the names of its parts in their order: matplotlib draws them at random."""
     names = dict.fromkeys(re.findall(r'id="([a-zA-Z][0-9a-f]{10})"', svg))
     numbers = {name: f"{name[0]}{i}" for i, name in enumerate(names)}
     return re.sub(r'(id="|#)([a-zA-Z][0-9a-f]{10})\b', lambda found: found[1] + numbers.get(found[2], found[2]), svg)

@@ -115,14 +115,17 @@ def searched(study: Study, scenario: str, *, noise: bool) -> Model:
     task = study.task(SCENARIOS[scenario][0])
     task.max_steps = 20 if study.overrides else None
     level.gate = sb.ConstantGate(task.observation_dim, 2 if noise else 1)
+
+    def weigh(weight: float) -> None:
+        level.gate.weights.data.copy_(torch.tensor([1 - weight, weight] if noise else [weight]))
+
     found = {}
     for weight in torch.linspace(0, 1, 3 if study.overrides else 11).tolist():
-        weights = torch.tensor([1 - weight, weight] if noise else [weight])
-        level.gate.weights.data.copy_(weights)
+        weigh(weight)
         found[weight] = float(task.rollout(level, seed=SEARCH_SEED, episodes=1 if study.overrides else 5).returns.mean())
     best = max(found, key=found.__getitem__)
     print(f"   weight {best:.1f} of { ({key: round(value) for key, value in found.items()}) }", flush=True)
-    level.gate.weights.data.copy_(torch.tensor([1 - best, best] if noise else [best]))
+    weigh(best)
     return cast("Model", level)
 
 
