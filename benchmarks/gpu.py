@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import skillbank as sb
 from benchmarks import stored
+from benchmarks.policy import TINY, WALKER, Net, policy
 from benchmarks.training import batch_of, stepping
 from skillbank.mixture import Mixture
-from skillbank.models.diffusion import DiffusionPolicy
 from skillbank.report import markdown
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.fused import fuse
@@ -141,11 +141,11 @@ def two_of(width: int, slots: int, tokens: Sequence[int]) -> list[dict[str, Any]
     return rows
 
 
-def acting(counts: Sequence[int], samples: int) -> list[dict[str, Any]]:
-    """The walker's policy under a gate: one observation, N samples, five denoise steps."""
+def acting(net: Net, counts: Sequence[int], samples: int) -> list[dict[str, Any]]:
+    """A policy under a gate: one observation, N samples, all denoise steps."""
     rows = []
     for count in counts:
-        model = DiffusionPolicy(24, 6, dropout=0.0).eval()
+        model = policy(net)
         skills = []
         for _ in range(count):
             sb.fresh(model.net, rank=8, scale=1.0)
@@ -169,7 +169,7 @@ def acting(counts: Sequence[int], samples: int) -> list[dict[str, Any]]:
     return rows
 
 
-def training(rows_each: int, at_once: int) -> list[dict[str, Any]]:
+def training(net: Net, rows_each: int, at_once: int) -> list[dict[str, Any]]:
     """Steps of one skill and of several at once: forward, backward, AdamW, EMA."""
 
     def batch(rows: int) -> dict[str, Tensor]:
@@ -177,14 +177,14 @@ def training(rows_each: int, at_once: int) -> list[dict[str, Any]]:
 
     taken = {}
     for name in ("reference", "ours", "compiled"):
-        model = DiffusionPolicy(24, 6, dropout=0.0).to(DEVICE).requires_grad_(False)
+        model = policy(net).to(DEVICE).requires_grad_(False)
         params = sb.fresh(model.net, rank=8)
         for p in params:
             p.requires_grad_(True)
         if name != "reference":
             fuse(model.net)
         taken[name] = seconds(stepping(model, params, batch(rows_each), compiled=name == "compiled"))
-    together = sb.Together(DiffusionPolicy(24, 6, dropout=0.0).to(DEVICE), list(range(at_once)))
+    together = sb.Together(policy(net).to(DEVICE), list(range(at_once)))
     taken[f"{at_once} at once"] = seconds(stepping(together, list(together.skills.parameters()), batch(at_once * rows_each)))
     return [{"table": "training", "B": rows_each, **taken}]
 
@@ -192,12 +192,13 @@ def training(rows_each: int, at_once: int) -> list[dict[str, Any]]:
 def measure(quick: bool) -> list[dict[str, Any]]:
     """Rows of all tables."""
     torch.manual_seed(0)
+    net = TINY if quick else WALKER
     bandwidth, rate = rates(quick)
     rows = [{"table": "device", "GB/s": bandwidth / 1e9, "TFLOP/s": rate / 1e12}, *checks()]
     rows += gated(64 if quick else 4096, (2,) if quick else (8, 16, 32, 64), (1, 32) if quick else (1, 32, 256, 4096), bandwidth, rate)
     rows += two_of(64 if quick else 4096, 16 if quick else 1024, (4,) if quick else (1, 32, 256, 4096))
-    rows += acting((2,) if quick else (2, 8, 32), 4 if quick else 64)
-    rows += [row for each in ((16,) if quick else (256, 2048)) for row in training(each, 2 if quick else 8)]
+    rows += acting(net, (2,) if quick else (2, 8, 32), 4 if quick else 64)
+    rows += [row for each in ((16,) if quick else (256, 2048)) for row in training(net, each, 2 if quick else 8)]
     return rows
 
 

@@ -34,10 +34,9 @@ from skillbank.runtime.products import product
 
 RESULTS = Path(__file__).parent / "results" / "policy.jsonl"
 
-
 Net = Mapping[str, Any]
 WALKER: Net = {"dropout": 0.0}
-TINY: Net = {"dropout": 0.0, "width": 32, "blocks": 1}
+TINY: Net = {"dropout": 0.0, "width": 32, "blocks": 1, "steps": 2}
 
 
 def policy(net: Net) -> DiffusionPolicy:

@@ -1,7 +1,7 @@
 """A training step of a skill on the walker's policy, and eight skills at once; ours beside PEFT and the same formulas in JAX.
 
 python -m benchmarks.training                   256 and 2048 examples, on one and two threads; stored in benchmarks/results/training.jsonl
-python -m benchmarks.training --quick           few rounds of the first, on one thread; stores nothing
+python -m benchmarks.training --quick           few rounds of a tiny net, one skill, on one thread; stores nothing
 python -m benchmarks.training --from-results    the stored tables
 
 A step is the noise-prediction loss, its gradient, AdamW and the EMA, for factors of rank 8 on all ten linear layers (70,432 of 1.7 million
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import skillbank as sb
+from benchmarks.policy import TINY, WALKER, Net, policy
 from benchmarks.timing import paired, run_pinned
-from skillbank.models.diffusion import DiffusionPolicy, Mish
+from skillbank.models.diffusion import Mish
 from skillbank.report import markdown
 from skillbank.runtime.compiled import compiled_loss
 from skillbank.runtime.fused import fuse
@@ -36,12 +37,6 @@ from skillbank.runtime.products import product
 RESULTS = Path(__file__).parent / "results" / "training.jsonl"
 RANK, SCALE, LR, DECAY = 8, 16.0, 1e-3, 1e-4
 AT_ONCE = 8
-
-
-def policy() -> DiffusionPolicy:
-    """The walker's, with weights as they start."""
-    torch.manual_seed(0)
-    return DiffusionPolicy(24, 6, dropout=0.0)
 
 
 def batch_of(rows: int) -> dict[str, Tensor]:
@@ -66,21 +61,21 @@ def stepping(
     return step
 
 
-def peft(batch: dict[str, Tensor]) -> Callable[[], None]:
+def peft(net: Net, batch: dict[str, Tensor]) -> Callable[[], None]:
     """The same with PEFT's model and torch's own modules."""
-    model = policy()
+    model = policy(net)
     for name, module in list(model.net.named_modules()):
         if isinstance(module, Mish):
             parent, _, child = name.rpartition(".")
             setattr(model.net.get_submodule(parent), child, nn.Mish())
     targets = [name for name, module in model.net.named_modules() if isinstance(module, nn.Linear)]
-    net: Any = get_peft_model(model.net, LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets))
-    return stepping(model, [p for p in net.parameters() if p.requires_grad], batch, fused=False)
+    adapted: Any = get_peft_model(model.net, LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets))
+    return stepping(model, [p for p in adapted.parameters() if p.requires_grad], batch, fused=False)
 
 
-def ours(batch: dict[str, Tensor], *, fast: bool = True, compiled: bool = False) -> Callable[[], None]:
+def ours(net: Net, batch: dict[str, Tensor], *, fast: bool = True, compiled: bool = False) -> Callable[[], None]:
     """Our own."""
-    model = policy().requires_grad_(False)
+    model = policy(net).requires_grad_(False)
     params = sb.fresh(model.net, rank=RANK, scale=SCALE)
     for p in params:
         p.requires_grad_(True)
@@ -89,10 +84,9 @@ def ours(batch: dict[str, Tensor], *, fast: bool = True, compiled: bool = False)
     return stepping(model, params, batch, compiled=compiled)
 
 
-def limit(rows: int) -> Callable[[], None]:
+def limit(net: Net, rows: int) -> Callable[[], None]:
     """Products with the frozen weights, forward and back; only the last 128 inputs of `enter` need a gradient, those of the first layer none."""
-    net = policy().net
-    layers = {name: layer.weight.detach() for name, layer in net.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer.weight.detach() for name, layer in policy(net).net.named_modules() if isinstance(layer, nn.Linear)}
     inputs = {name: torch.randn(rows, weight.shape[1]) for name, weight in layers.items()}
     outputs = {name: torch.randn(rows, weight.shape[0]) for name, weight in layers.items()}
 
@@ -105,16 +99,16 @@ def limit(rows: int) -> Callable[[], None]:
     return products
 
 
-def in_jax(batch: dict[str, Tensor]) -> Callable[[], None]:
+def in_jax(net: Net, batch: dict[str, Tensor]) -> Callable[[], None]:
     """The twin's step."""
     import jax
 
     from benchmarks.twin import Twin
 
-    model = policy()
+    model = policy(net)
     sb.fresh(model.net, rank=RANK, scale=1.0)
     start = sb.read(model.net)
-    twin = Twin(policy(), [start])
+    twin = Twin(policy(net), [start])
     state, key = twin.state(SCALE), jax.random.PRNGKey(0)
     observation, action = (jax.numpy.asarray(batch[name].flatten(1).numpy()) for name in ("observation", "action"))
     held: list[Any] = [state, key]
@@ -127,35 +121,36 @@ def in_jax(batch: dict[str, Tensor]) -> Callable[[], None]:
     return step
 
 
-def one_skill(rows: int) -> dict[str, Callable[[], None]]:
+def one_skill(net: Net, rows: int) -> dict[str, Callable[[], None]]:
     """Ways to train one skill."""
     batch = batch_of(rows)
-    found = {"limit": limit(rows), "PEFT": peft(batch), "reference": ours(batch, fast=False), "ours": ours(batch)}
-    found["compiled"] = ours(batch, compiled=True)
+    found = {"limit": limit(net, rows), "PEFT": peft(net, batch), "reference": ours(net, batch, fast=False), "ours": ours(net, batch)}
+    found["compiled"] = ours(net, batch, compiled=True)
     if importlib.util.find_spec("jax"):
-        found["JAX"] = in_jax(batch)
+        found["JAX"] = in_jax(net, batch)
     return found
 
 
-def eight_skills(rows: int) -> dict[str, Callable[[], None]]:
+def eight_skills(net: Net, rows: int) -> dict[str, Callable[[], None]]:
     """Ways to train eight."""
     at_once = {}
     joined = {key: torch.cat([batch_of(rows)[key] for _ in range(AT_ONCE)]) for key in ("observation", "action")}
     for name in ("ours", "compiled"):
-        together = sb.Together(policy(), list(range(AT_ONCE)), ranks=RANK, scales=SCALE)
+        together = sb.Together(policy(net), list(range(AT_ONCE)), ranks=RANK, scales=SCALE)
         at_once[name] = stepping(together, list(together.skills.parameters()), joined, compiled=name == "compiled")
     batch = batch_of(rows)
-    runs = {"PEFT, one by one": [peft(batch) for _ in range(AT_ONCE)], "ours, one by one": [ours(batch) for _ in range(AT_ONCE)]}
+    runs = {"PEFT, one by one": [peft(net, batch) for _ in range(AT_ONCE)], "ours, one by one": [ours(net, batch) for _ in range(AT_ONCE)]}
     in_a_row: dict[str, Callable[[], None]] = {name: (lambda steps=steps: [step() for step in steps]) for name, steps in runs.items()}  # type: ignore[misc]
-    return {"limit": limit(AT_ONCE * rows), **at_once, **in_a_row}
+    return {"limit": limit(net, AT_ONCE * rows), **at_once, **in_a_row}
 
 
 def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
     """Rows for this number of threads."""
+    net = TINY if quick else WALKER
     tables: dict[str, Callable[[], dict[str, Callable[[], None]]]] = {
-        "one skill, 256 examples": partial(one_skill, 256),
-        "one skill, 2048 examples": partial(one_skill, 2048),
-        "eight skills, 256 examples each": partial(eight_skills, 256),
+        "one skill, 256 examples": partial(one_skill, net, 256),
+        "one skill, 2048 examples": partial(one_skill, net, 2048),
+        "eight skills, 256 examples each": partial(eight_skills, net, 256),
     }
     rows = []
     for table, make in list(tables.items())[: 1 if quick else None]:
@@ -181,7 +176,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    run_pinned(__doc__, "few rounds of the first", "benchmarks.training", RESULTS, measure, show)
+    run_pinned(__doc__, "few rounds of a tiny net, one skill", "benchmarks.training", RESULTS, measure, show)
 
 
 if __name__ == "__main__":
