@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -14,17 +14,28 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from skillbank.layers import CONVOLUTIONS, SUPPORTED, check_layer, is_linear, is_transposed, layer_sizes, run_layers, weight_of
 from skillbank.skill import Deltas, Factor, Skill
 
 __all__ = [
-    *("Adapted", "adapted_layers", "attach", "base_weights", "channel_layers", "check_fit", "detach", "factors", "fresh", "is_linear"),
-    *("is_transposed", "mark", "matrix", "plain_modules", "read", "weight_of"),
+    "Adapted",
+    "adapted_layers",
+    "attach",
+    "base_weights",
+    "channel_layers",
+    "check_fit",
+    "detach",
+    "factors",
+    "fresh",
+    "mark",
+    "plain_modules",
+    "read",
 ]
 
 ADAPTER = "default"
 MARK = "_skillbank_mark"
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUPPORTED = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+PLAIN_VARIANTS = ("VeloraLinearVariant", "VeloraEmbeddingVariant")
+"""Classes of PEFT's that train in another way and compute what LoRA does."""
 STARTS = ("start_down", "start_up")
 """Buffers of a layer whose factors do not start at 0: A and B as they were, which it takes off again."""
 
@@ -60,7 +71,7 @@ def fresh(
             scale * sqrt(rank) (arXiv 2312.03732). `read` folds it in.
         targets: which modules: None for all linear layers, of a net of transformers those of its body, without its head (a language model's last
             layer, a classifier's layers behind the body) and without a pooler before it; a regular expression that matches whole module paths, or
-            a list of paths or of their last parts.
+            a list of paths or of their last parts, each of which has to be there.
         init: None, or of linear layers, PEFT's `pissa`, the largest R singular values of the weight (arXiv 2404.02948, where scale is 1),
             `pissa_niter_<N>`, the same by N power iterations, or `olora`, R columns of its QR (arXiv 2406.01775).
 
@@ -110,36 +121,11 @@ def attach(net: nn.Module, skill: Skill) -> None:
                 live.requires_grad_(False)
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer, or the base of a layer that a skill is on, is a linear one: `nn.Linear`, or `Conv1D` of transformers."""
-    return isinstance(getattr(layer, "base_layer", layer), nn.Linear | Conv1D)
-
-
 def plain_modules(net: nn.Module) -> dict[str, nn.Module]:
     """Modules by path as they were before a skill was put on, with the parts of PEFT's own layers left out."""
     layers = _layers(net)
     plain = {name: module for name, module in net.named_modules() if not any(name.startswith(f"{layer}.") for layer in layers)}
     return {name: layers[name].get_base_layer() if name in layers else module for name, module in plain.items()}
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """Weight of a layer as it is stored."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer stores its weight (I, O)."""
-    return isinstance(layer, nn.Embedding | Conv1D)
-
-
-def matrix(layer: nn.Module) -> Tensor | None:
-    """Weight (I, O) of a layer that computes `x W + b` with it and nothing else, a view; None for any other, such as a quantised one."""
-    weight = getattr(layer, "weight", None)
-    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if not known or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return None
-    return weight if isinstance(layer, Conv1D) else weight.mT
 
 
 def read(net: nn.Module) -> Skill:
@@ -234,8 +220,8 @@ def check_fit(net: nn.Module, skill: Deltas) -> None:
     for name in skill:
         if name not in modules:
             raise ValueError(f"the net has no module {name!r} that the skill adapts; it has {_some(list(_candidates(modules)))}")
-        _check_layer(name, modules[name])
-        expected, found = _layer_sizes(modules[name]), skill.size(name)
+        check_layer(name, modules[name])
+        expected, found = layer_sizes(modules[name]), skill.size(name)
         if expected != found:
             raise ValueError(f"module {name!r} is (out, in) {expected}, the skill's factor is {found}: it belongs to another base")
         if isinstance(modules[name], nn.Embedding) != (name in skill.embeddings):
@@ -259,6 +245,7 @@ def _inject(net: nn.Module, ranks: dict[str, int], scale: float) -> None:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT sets it right for each layer of a net that has both kinds
         inject_adapter_in_model(config, net, ADAPTER)
     net.train(training)
+    run_layers(net)
     net.__dict__[MARK] = object()
 
 
@@ -315,20 +302,17 @@ def _candidates(modules: dict[str, nn.Module]) -> Iterator[str]:
 
 def _targets(net: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     modules = plain_modules(net)
-    match: Callable[[str], bool]
     if targets is None:
-        names = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and not _is_head(net, name)]
+        found: dict[str | None, set[str]] = {None: {name for name, module in modules.items() if is_linear(module) and not _is_head(net, name)}}
     else:
-        if isinstance(targets, str):
-            pattern = re.compile(targets)
-            match = lambda name: pattern.fullmatch(name) is not None  # noqa: E731
-        else:
-            match = lambda name: any(name == target or name.endswith(f".{target}") for target in targets)  # noqa: E731
-        names = [name for name in modules if name and match(name)]
-    if not names:
-        raise ValueError(f"no module of the net matches targets={targets!r}; it has {_some(list(_candidates(modules)))}")
+        patterns = {targets: targets} if isinstance(targets, str) else {each: rf"(.*\.)?{re.escape(each)}" for each in targets}
+        found = {each: {name for name in modules if name and re.fullmatch(pattern, name)} for each, pattern in patterns.items()}
+    if not all(found.values()) or not found:
+        missing = next((each for each, matching in found.items() if not matching), targets)
+        raise ValueError(f"no module of the net matches targets={missing!r}; it has {_some(list(_candidates(modules)))}")
+    names = [name for name in modules if any(name in matching for matching in found.values())]
     for name in names:
-        _check_layer(name, modules[name])
+        check_layer(name, modules[name])
     return names
 
 
@@ -340,17 +324,12 @@ def _is_head(net: nn.Module, name: str) -> bool:
     return outside or net.get_submodule(name) is last or "pooler" in name.split(".")
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
-    if not isinstance(layer, SUPPORTED):
-        kinds = ", ".join(kind.__name__ for kind in SUPPORTED)
-        raise ValueError(f"module {name!r} is {type(layer).__name__}, which cannot carry B @ A: choose layers among {kinds}")
-    if isinstance(layer, CONVOLUTIONS) and layer.groups != 1:
-        raise ValueError(f"module {name!r} is a convolution with groups={layer.groups}, whose change is not B @ A: leave it out of the targets")
-
-
 def _check_variant(name: str, layer: LoraLayer) -> None:
     if layer.use_dora.get(_adapter(layer), False) or len(layer.lora_magnitude_vector):
         raise ValueError(f"module {name!r} carries DoRA, whose magnitude B @ A cannot represent: train it with use_dora=False")
+    variant = type(layer.lora_variant.get(_adapter(layer))).__name__
+    if variant not in ("NoneType", *PLAIN_VARIANTS):
+        raise ValueError(f"module {name!r} carries PEFT's {variant}, which B @ A cannot represent: train it as plain LoRA")
     if getattr(layer, "lora_bias", {}).get(_adapter(layer), False):
         raise ValueError(f"module {name!r} carries a LoRA bias, which B @ A cannot represent: train it with lora_bias=False")
 
@@ -372,14 +351,6 @@ def _factor(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
 
 def _shaped(layer: LoraLayer, factor: Factor) -> Factor:
     return factor[0], factor[1].reshape(_factor(layer)[1].shape)
-
-
-def _layer_sizes(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
-    """(O, (I, *kernel)) of a base layer."""
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim, (layer.num_embeddings,)
-    shape = tuple(weight_of(layer).shape)
-    return (shape[1], (shape[0],)) if isinstance(layer, Conv1D) else (shape[0], shape[1:])
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

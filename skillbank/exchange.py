@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from skillbank.adapter import folded, write_adapter
+from skillbank.adapter import CONFIG_FILE, folded, read_config, write_adapter
 from skillbank.bank import Bank, Base, Checkpoint, Composition, Ref
 from skillbank.bank.hub import repository_files, snapshot
 from skillbank.bank.records import write_payload
 from skillbank.folding import fold
-from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, read_lora
+from skillbank.formats import CONFIGS, FILES, PICKLES, WEIGHTS, peft_options, read_lora
 from skillbank.load import build_base
 from skillbank.merge import merge
 from skillbank.shards import COMPANIONS, fold_checkpoint
@@ -97,12 +97,15 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
 
     """
     folder, thing = Path(folder), bank.get(ref)
+    if weights is not None and not merged:
+        raise ValueError(f"weights={str(weights)!r} are a base's, and an adapter holds none: export with merged=True (--merged), or leave them out")
     if isinstance(thing, Base | Checkpoint) and not merged:
         raise ValueError(f"{ref!r} is a base, no adapter: export it with merged=True (--merged)")
     skill = None if isinstance(thing, Base | Checkpoint) else thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
     if skill is not None and not merged:
         with whole_folder(folder) as written:
-            write_adapter(skill, written)
+            first = thing.skills[0] if isinstance(thing, Composition) else ref
+            write_adapter(skill, written, **peft_options(read_config(bank.path(first) / CONFIG_FILE, f"adapter {first!r}")))
         return folder
     base = thing if isinstance(thing, Base | Checkpoint) else bank.get(bank.base_of([ref]))
     if isinstance(base, Checkpoint):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import check_fit, is_transposed, plain_modules, weight_of
-from skillbank.skill import Deltas
+from skillbank.attach import check_fit, plain_modules
+from skillbank.layers import is_transposed, weight_of
+from skillbank.skill import Deltas, Skill
 
 __all__ = ["Folding", "delta_like", "fold", "unfoldable"]
 
@@ -21,8 +22,10 @@ def fold(net: nn.Module, skill: Deltas) -> None:
         ValueError: as `attach`, or a weight that is tied to another or quantised; the net is unchanged.
 
     """
-    layers = _foldable(net, skill)
-    for name, layer in layers.items():
+    if not isinstance(skill, Skill):
+        Folding(net).set(skill)  # which can go back: a delta may turn out to be undefined when others are in already
+        return
+    for name, layer in _foldable(net, skill).items():
         _add(layer, weight_of(layer).detach(), skill, name)
 
 
@@ -40,24 +43,32 @@ class Folding:
         self.net = net
         self._kept: dict[str, Tensor] = {}
         self._folded: dict[str, nn.Module] = {}
+        self._skill: Deltas | None = None
 
     def set(self, skill: Deltas) -> None:
-        """Fold this skill in, instead of the one before; a ValueError, as from `fold`, leaves the one before."""
-        layers = _foldable(self.net, skill)
+        """Fold this skill in, instead of the one before, which an error leaves there, such as a ValueError as from `fold`."""
+        layers, before = _foldable(self.net, skill), self._skill
         self.clear()
         for name, layer in layers.items():
             if name not in self._kept:
                 self._kept[name] = weight_of(layer).detach().clone()
         self._folded = layers  # before the first sum, so that whatever stops it is taken out again
-        for name, layer in layers.items():
-            _add(layer, self._kept[name], skill, name)
+        try:
+            for name, layer in layers.items():
+                _add(layer, self._kept[name], skill, name)
+        except Exception:
+            self.clear()
+            if before is not None:
+                self.set(before)
+            raise
+        self._skill = skill
 
     def clear(self) -> None:
         """Take the skill out: the weights are what they were, to the last bit."""
         with torch.no_grad():
             for name, layer in self._folded.items():
                 weight_of(layer).copy_(self._kept[name])
-        self._folded = {}
+        self._folded, self._skill = {}, None
 
     def __enter__(self) -> Folding:
         """Itself."""
@@ -92,7 +103,9 @@ def unfoldable(net: nn.Module, skill: Deltas) -> dict[str, str]:
         weight = weight_of(plain[name])
         if not weight.is_floating_point() or weight.element_size() < 2:
             found[name] = f"has weights of {weight.dtype}, which no skill can be folded into"
-        elif len(tied := owners[id(weight)]) > 1:
+        elif (tied := owners.get(id(weight))) is None:
+            found[name] = "has a weight that is computed from others, which no skill can be added to"
+        elif len(tied) > 1:
             found[name] = f"shares its weight, {tied}, so that a skill folded into one changes the others"
     return found
 

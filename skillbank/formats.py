@@ -90,17 +90,22 @@ def read_lora(folder: str | Path) -> Lora:
     folder = Path(folder)
     what = f"adapter {str(folder)!r}"
     try:
-        if any((folder / name).exists() for name in (MTTL_CONFIG, MTTL_WEIGHTS, MTTL_PICKLE)) or folder.is_file() or [*folder.glob("*.ckpt")]:
-            return _read_mttl(folder, what)
         config = read_config(folder / CONFIG_FILE, what) if (folder / CONFIG_FILE).is_file() else {}
+        named = any((folder / name).exists() for name in (MTTL_CONFIG, MTTL_WEIGHTS, MTTL_PICKLE))
+        if named or folder.is_file() or ([*folder.glob("*.ckpt")] and not (folder / WEIGHTS_FILE).exists()):
+            return _read_mttl(folder, what)
         if "peft_type" not in config and "config" in config:
             return _read_adapters(folder, config)
     except ValueError as error:
         raise ValueError(f"{what}: {str(error).removeprefix(f'{what}: ')}") from None
     skill = read_adapter(folder)
+    return Lora(skill, "PEFT", config.get("base_model_name_or_path"), peft_options(config), tuple(peft_lints(config, skill)))
+
+
+def peft_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `write_adapter` that say of the base what a configuration of PEFT's says of it."""
     named, task = config.get("base_model_name_or_path"), config.get("task_type")
-    options = {"base_name": named, "fan_in_fan_out": bool(config.get("fan_in_fan_out")), "task_type": task}
-    return Lora(skill, "PEFT", named, options, tuple(peft_lints(config, skill)))
+    return {"base_name": named, "fan_in_fan_out": bool(config.get("fan_in_fan_out")), "task_type": task}
 
 
 def _read_adapters(folder: Path, whole: Mapping[str, Any]) -> Lora:

@@ -14,9 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import attach, detach, matrix, plain_modules
+from skillbank.attach import attach, detach, plain_modules
 from skillbank.bank import Bank, Ref
 from skillbank.gate import Routes
+from skillbank.layers import matrix
 from skillbank.load import load
 from skillbank.model import Batch, on
 from skillbank.runtime.fused import unfuse

@@ -43,7 +43,7 @@ class Weighted(Mixed):
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
-        values = [1 / len(skills)] * len(skills) if start is None else list(start)
+        values = [1 / len(skills)] * len(skills) if start is None else [float(each) for each in start]
         if len(values) != len(skills):
             raise ValueError(f"got {len(values)} weights for {len(skills)} skills: give one weight per skill")
         self.model, self.objective = cast("ModelModule", model), objective

@@ -107,25 +107,22 @@ def duplicates(bank: Bank, *, tolerance: float = 1e-5) -> list[list[Ref]]:
     """
     groups: list[list[Ref]] = []
     for base in sorted({entry.card.base_name for entry in bank.list("skill")}):
-        sized = sorted(((float(gram([skill])[0, 0]), ref) for ref, skill in _skills(bank, base)), key=lambda each: (each[0], str(each[1])))
-        group: list[tuple[float, Ref]] = []
-        for square, ref in sized:  # the same function has the same norm, so that equals lie side by side
-            if group and _apart(bank, group[-1], (square, ref)) <= tolerance:
-                group.append((square, ref))
-                continue
-            groups.append([each for _, each in group])
-            group = [(square, ref)]
-        groups.append([each for _, each in group])
+        sized = sorted(((math.sqrt(gram([skill])[0, 0]), ref) for ref, skill in _skills(bank, base)), key=lambda each: (each[0], str(each[1])))
+        here: list[list[tuple[float, Ref]]] = []
+        for norm, ref in sized:  # the same function has the same norm, and others may have it too
+            near = (group for group in here if group[-1][0] >= (1 - tolerance) * norm)
+            same = next((group for group in near if _apart(bank, group[-1][1], ref, norm) <= tolerance), None)
+            if same is None:
+                here.append(same := [])
+            same.append((norm, ref))
+        groups += [[ref for _, ref in group] for group in here]
     return [sorted(group, key=str) for group in groups if len(group) > 1]
 
 
-def _apart(bank: Bank, one: tuple[float, Ref], two: tuple[float, Ref]) -> float:
-    if two[0] - one[0] > 1e-3 * two[0]:
-        return math.inf
-    pair = [skill for skill in map(bank.get, (one[1], two[1])) if isinstance(skill, Skill)]
-    products = gram(pair)
+def _apart(bank: Bank, one: Ref, two: Ref, norm: float) -> float:
+    products = gram([skill for skill in map(bank.get, (one, two)) if isinstance(skill, Skill)])
     difference = max(float(products[0, 0] + products[1, 1] - 2 * products[0, 1]), 0.0)
-    return math.sqrt(difference / two[0]) if two[0] else 0.0
+    return math.sqrt(difference) / norm if norm else 0.0
 
 
 def _skills(bank: Bank, base: str) -> Iterator[tuple[Ref, Skill]]:

@@ -119,6 +119,8 @@ class Skill:
         for name, (a, b) in self.factors.items():
             if a.dim() < 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(f"factor {name!r}: A must be (R, I) and B (O, R), got A {tuple(a.shape)} and B {tuple(b.shape)}")
+            if not a.numel() or not b.numel():
+                raise ValueError(f"factor {name!r} is empty, A is {tuple(a.shape)} and B {tuple(b.shape)}: leave the module out")
             if not {a.dtype, b.dtype} <= _DTYPES:
                 raise ValueError(f"factor {name!r} must be 16, 32 or 64 bits of floating point, got A {a.dtype} and B {b.dtype}")
             if not (finite or (_finite(a) and _finite(b))):

@@ -11,7 +11,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import factors, is_linear
+from skillbank.attach import factors
+from skillbank.layers import is_linear
 from skillbank.model import Batch, Model, evaluating, on
 
 __all__ = ["fisher_factors", "input_grams", "start_from_inputs"]
@@ -80,7 +81,8 @@ def fisher_factors(model: Model, modules: Iterable[str], batches: Iterable[Batch
 
     with _hooked(model.net, modules, look, look_back) as names, torch.enable_grad():
         _run(model, batches, steps, lambda loss: torch.autograd.backward(loss))
-    return {name: (outputs[name] / counts[name], each / counts[name]) for name, each in _all_of(names, inputs).items()}
+    seen = _all_of(names, outputs)
+    return {name: (each / counts[name], inputs[name] / counts[name]) for name, each in seen.items()}
 
 
 def start_from_inputs(model: Model, batches: Iterable[Batch], *, steps: int | None = None) -> None:
@@ -100,6 +102,8 @@ def start_from_inputs(model: Model, batches: Iterable[Batch], *, steps: int | No
     live = factors(model.net)
     if narrow := next((name for name, (a, _) in live.items() if a.shape[1] < len(a)), None):
         raise ValueError(f"module {narrow!r} has {live[narrow][0].shape[1]} inputs, fewer than rank {len(live[narrow][0])}: give a smaller rank")
+    if begun := next((name for name, (_, b) in live.items() if b.count_nonzero()), None):
+        raise ValueError(f"module {begun!r} has a B that is not 0, so that another A would change the outputs: call fresh without init first")
     found: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def look(name: str, x: Tensor) -> None:
@@ -151,6 +155,8 @@ def _shown(
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> None:
+    if look_back is not None and not output.requires_grad:
+        return  # under `no_grad`: the loss does not see it
     look(name, inputs[0])
     if look_back is not None:
         output.register_hook(partial(look_back, name))

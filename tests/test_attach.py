@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from skillbank import Folding, Skill, attach, detach, fit, fold, fresh, read, stack, write_adapter
+from skillbank import Folding, Skill, Slots, attach, dense_merge, detach, fit, fold, fresh, read, stack, write_adapter
 from skillbank.attach import base_weights
 from skillbank.runtime.fused import fuse
 from tests.tiny import close, net_inputs, random_skill, tiny_policy
@@ -164,7 +164,15 @@ def test_reading_what_peft_put_there():
     assert skill.ranks == {"0": 4, "2": 2}
 
 
-@pytest.mark.parametrize(("options", "message"), [({"use_dora": True}, "'0' carries DoRA"), ({"lora_bias": True}, "'0' carries a LoRA bias")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "'0' carries DoRA"),
+        ({"lora_bias": True}, "'0' carries a LoRA bias"),
+        ({"alora_invocation_tokens": [1]}, "'0' carries PEFT's ALoraLinearVariant, which B @ A cannot represent"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 def test_variants_are_refused_by_name(options, message):
     peft = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], **options))
     with pytest.raises(ValueError, match=message):
@@ -184,12 +192,48 @@ def test_bad_targets_name_the_layer_and_change_nothing(zoo):
         ("nothing", "no module of the net matches targets='nothing'; it has 'words', 'conv'"),
         (["norm"], "'norm' is LayerNorm, which cannot carry B @ A"),
         (["grouped"], "'grouped' is a convolution with groups=2"),
+        (["conv", "con"], "no module of the net matches targets='con'; it has"),
+        ([], r"no module of the net matches targets=\[\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             fresh(zoo, targets=targets)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         fresh(zoo, rank=0)
     assert list(zoo.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), "'0' is a convolution with padding_mode='circular'"),
+        (nn.Conv2d(4, 4, 3, dilation=2), r"'0' is a convolution with .* dilation=\(2, 2\)"),
+        (nn.Embedding(7, 4, max_norm=1.0), "'0' is an embedding with max_norm"),
+        (nn.MultiheadAttention(4, 2).out_proj, "'0' is the output of nn.MultiheadAttention, which reads its weight and never runs it"),
+    ],
+)
+def test_layers_whose_skill_would_compute_something_else_are_refused(layer, message):
+    with pytest.raises(ValueError, match=message):
+        fresh(nn.Sequential(layer), targets=["0"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_encoder_runs_its_adapted_layers():
+    torch.manual_seed(0)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=True).eval()
+    modules = [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    skill, x, padding = random_skill(net, modules=modules, size=1.0), torch.randn(2, 5, 8), torch.arange(5) > torch.tensor([[4], [2]])
+    folded, slots = copy.deepcopy(net), copy.deepcopy(net)
+    fold(folded, skill)
+    attach(net, skill)
+    made = Slots(slots, 2, rank=4)
+    made.put(1, skill)
+    made.cell.mix(torch.tensor([[0.0, 1.0]]).expand(2, -1))
+    assert made.names == modules
+    for mask in (torch.zeros_like(padding), padding):
+        with torch.no_grad():
+            expected = folded(x, src_key_padding_mask=mask)[~mask]
+            close(net(x, src_key_padding_mask=mask)[~mask], expected)
+            close(slots(x, src_key_padding_mask=mask)[~mask], expected)
 
 
 def test_skills_that_do_not_fit_are_refused_and_change_nothing(zoo):
@@ -251,6 +295,31 @@ def test_a_folding_is_a_context_and_refuses_what_does_not_fit():
             folding.set(Skill({"nowhere": next(iter(skill.factors.values()))}))
         assert all(torch.equal(tensor, changed[name]) for name, tensor in net.state_dict().items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_merge_that_fails_on_the_way_leaves_the_weights_as_they_were():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = copy.deepcopy(net.state_dict())
+    one, other = (random_skill(net, seed=seed)["0"] for seed in range(2))
+    first, last = (Skill({"0": each, "1": (torch.eye(4), sign * torch.eye(4))}) for each, sign in ((one, 1.0), (other, -1.0)))
+    cancels = dense_merge([first, last], method="karcher")
+    with pytest.raises(ValueError, match="the skills cancel, so that their mean has no direction"):
+        fold(net, cancels)
+    assert all(torch.equal(weight, before[name]) for name, weight in net.state_dict().items())
+    folding = Folding(net)
+    folding.set(first)
+    folded = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="the skills cancel, so that their mean has no direction"):
+        folding.set(cancels)
+    assert all(torch.equal(weight, folded[name]) for name, weight in net.state_dict().items())
+    folding.clear()
+    assert all(torch.equal(weight, before[name]) for name, weight in net.state_dict().items())
+
+
+def test_a_weight_that_is_computed_is_not_folded_into():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="module '0' has a weight that is computed from others"):
+        fold(net, Skill({"0": (torch.randn(2, 4), torch.randn(4, 2))}))
 
 
 def test_what_a_folding_cannot_hold_is_refused():

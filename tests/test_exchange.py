@@ -1,5 +1,6 @@
 """PEFT's folders in, PEFT's folders and plain weights out."""
 
+import json
 import sys
 
 import pytest
@@ -68,6 +69,8 @@ def test_an_adapter_made_by_peft_is_imported_with_its_scale(tmp_path):
     layer = peft.base_model.model["a"]
     assert_close(bank.get(ref).delta("a"), layer.get_delta_weight("default"))
     assert bank.card(ref).base == {"ref": None, "hash": None, "name": "org/base", "fingerprint": None}
+    config = json.loads((sb.export("foreign", tmp_path / "out", bank) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,8 @@ def test_an_adapter_made_by_peft_is_imported_with_its_scale(tmp_path):
     ],
 )
 def test_what_cannot_be_exported_leaves_nothing(bank, tmp_path, ref, merged, error, message):
+    with pytest.raises(ValueError, match="weights='there' are a base's, and an adapter holds none"):
+        sb.export("one", tmp_path / "out", bank, weights="there")
     with pytest.raises(error, match=message):
         sb.export(ref, tmp_path / "out", bank, merged=merged)
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from skillbank import Bank, Base, Composed, Composition, MLPGate, Routes, Server, Skill, Slots, Together, TopK, check_model, fit, fresh, load, read
-from skillbank.attach import is_linear
+from skillbank.layers import is_linear
 from skillbank.mixture import Mixture
 from skillbank.models.transformer import CausalLM
 from skillbank.runtime.fused import fuse

@@ -77,6 +77,7 @@ def test_bad_input():
     skills = family(policy)
     with pytest.raises(ValueError, match="got 2 weights for 3 skills"):
         learn_weights(policy, skills, batches, start=[1.0, 2.0])
+    assert Weighted(policy, skills, start=[1, 0, 0]).weights.dtype == torch.float32
 
 
 def test_weights_are_found_without_gradients():

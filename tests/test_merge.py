@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,8 +89,13 @@ def test_bad_input():
         merge([])
     with pytest.raises(ValueError, match="got 1 weights for 2 skills"):
         merge([one, one], [1.0])
+    with pytest.raises(ValueError, match="weights must be finite numbers, got 'half'"):
+        merge([one], ["half"])
+    assert torch.equal(merge([one], np.ones(1, np.float32)).delta("a"), one.delta("a"))
     with pytest.raises(ValueError, match="weights must be finite numbers, got nan"):
         merge([one], [float("nan")])
+    with pytest.raises(ValueError, match="merge method '<lambda>' gives factors, from which nothing is cut: leave rank, error and budget out"):
+        merge([one, one], method=lambda part: part.there[0], rank=1)
     with pytest.raises(ValueError, match="unknown merge method 'stak': did you mean 'stack'"):
         merge([one], method="stak")
     with pytest.raises(ValueError, match="unknown merge method 'zz': there is 'average', "):

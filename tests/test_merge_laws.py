@@ -146,6 +146,13 @@ def test_a_dense_merge_is_the_merge_before_it_is_cut(method):
         close(dense.delta(name), merged.delta(name), 1e-9)
 
 
+@pytest.mark.parametrize("method", ["stack", "average", "svd"])
+def test_a_dense_merge_of_skills_in_16_bits_is_summed_in_32(method):
+    skills = [Skill({"a": (torch.randn(8, 64), torch.randn(64, 8))}).to(dtype=torch.bfloat16) for _ in range(2)]
+    exact = dense_merge([skill.to(dtype=torch.float64) for skill in skills], method=method).delta("a")
+    close(dense_merge(skills, method=method).delta("a", torch.float32).double(), exact, 1e-5)
+
+
 def matrices(skills, name):
     return [dense(skill, name).flatten(1) for skill in skills]
 
@@ -419,6 +426,13 @@ def test_what_is_dropped_at_random_is_right_on_average(method):
     draws = torch.stack([flat(merge(skills, weights, method=method, rank=99, seed=10**6 * seed)) for seed in range(400)])
     noise = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - total).abs() <= 5 * noise + 1e-9).all()
+
+
+def test_della_keeps_every_entry_with_some_probability():
+    skills = skills_for("della", 2)
+    with pytest.raises(ValueError, match="spread must leave all probabilities in"):
+        merge(skills, method="della", density=0.3, spread=0.3)
+    assert torch.isfinite(flat(merge(skills, method="della", density=0.3, spread=0.29))).all()
 
 
 def test_dare_and_della_keep_the_share_that_they_are_told():

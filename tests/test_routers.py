@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import skillbank as sb
-from skillbank.attach import is_linear
+from skillbank.layers import is_linear
 from skillbank.mixture import Mixture
 from skillbank.models.transformer import CausalLM
 from skillbank.routers import Arrow, Prototypes

@@ -112,7 +112,10 @@ def test_what_overlap_tells():
 
 
 def test_duplicates_are_the_same_function_on_the_same_base(bank):
+    bank.put(skill_of(1).scaled(-1.0), "one-not", card={"base": "base"})  # of the same norm
+    bank.put(skill_of(1).scaled(1.005), "one-nearly", card={"base": "base"})
     assert [[str(ref) for ref in group] for group in sb.duplicates(bank)] == [["one-turned@1", "one@1"]]
+    assert [[str(ref) for ref in group] for group in sb.duplicates(bank, tolerance=0.01)] == [["one-nearly@1", "one-turned@1", "one@1"]]
 
 
 def test_only_skills_are_compared(bank):

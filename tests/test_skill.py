@@ -155,6 +155,7 @@ def test_repr_says_what_it_is():
         ({}, "at least one module"),
         ({"x": (torch.ones(2, 3), torch.ones(4, 3))}, r"factor 'x': A must be \(R, I\) and B \(O, R\), got A \(2, 3\) and B \(4, 3\)"),
         ({"x": (torch.ones(3), torch.ones(4, 3))}, "factor 'x'"),
+        ({"x": (torch.ones(0, 3), torch.ones(4, 0))}, r"factor 'x' is empty, A is \(0, 3\) and B \(4, 0\): leave the module out"),
         ({"x": (torch.ones(2, 3).long(), torch.ones(4, 2))}, "floating point, got A torch.int64"),
         ({"x": (torch.full((2, 3), float("nan")), torch.ones(4, 2))}, "'x' holds NaN"),
     ],

@@ -116,6 +116,9 @@ def test_factors_start_where_the_inputs_vary_most():
         close(a.mT.double() @ a.double(), expected.mT @ expected, 1e-6)
         close((a.double() * expected).sum(1).abs(), torch.ones(2).double(), 1e-6)
         assert not b.any()
+    fresh(model.net, rank=2, targets=["first"], init="pissa")
+    with pytest.raises(ValueError, match="module 'first' has a B that is not 0, so that another A would change the outputs"):
+        start_from_inputs(model, batches())
     fresh(model.net, rank=5, targets=["second"])
     with pytest.raises(ValueError, match="module 'second' has 4 inputs, fewer than rank 5: give a smaller rank"):
         start_from_inputs(model, batches())

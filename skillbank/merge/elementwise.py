@@ -121,7 +121,7 @@ def dare_ties(tiles: Tiles, *, density: float = 0.5, seed: int = 0) -> Combine:
 
 def _magprune(tiles: Tiles, density: float, spread: float, seed: int) -> Combine:
     _share("density", density)
-    if density < 1 and not 0 <= spread <= min(density, 1 - density) + 1e-9:
+    if density < 1 and not (0 <= spread < density and spread <= 1 - density + 1e-9):
         raise ValueError(f"spread must leave all probabilities in (0, 1], got density {density} and spread {spread}: take a smaller one")
 
     def prune(tile: Tensor, number: int) -> Tensor:

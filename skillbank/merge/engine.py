@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class Merging:
             found = self.entry.function(part, **own)
             assert not isinstance(found, Tensor)
             if not isinstance(found, Merged):
+                if any(value is not None for value in asked.values()):
+                    raise ValueError(f"merge method {self.name!r} gives factors, from which nothing is cut: leave rank, error and budget out")
                 measured.add(part, found)
                 yield module, found
                 continue
@@ -122,13 +125,14 @@ class Dense:
         """Dense change of the weight, (O, I, *kernel), in a dtype that holds the factors and `least`."""
         part = _part(self.merging.skills, module, self.merging.at[module], 0)
         assert part is not None
+        dtype = part.dtype if least is None else torch.promote_types(part.dtype, least)
         found = self.merging.entry.function(replace(part, dense=True), **self.merging.options)
         if isinstance(found, Merged):
             dense = found.bases.left @ found.matrix @ found.bases.right.mT
         else:
-            dense = found if isinstance(found, Tensor) else found[1] @ found[0].flatten(1)
+            dense = found if isinstance(found, Tensor) else found[1].to(dtype) @ found[0].flatten(1).to(dtype)
         size, inner = self.size(module)
-        return dense.reshape(size, *inner).to(part.dtype if least is None else torch.promote_types(part.dtype, least))
+        return dense.reshape(size, *inner).to(dtype)
 
 
 def _places(weights: Sequence[float]) -> list[int]:
@@ -176,7 +180,7 @@ def _per_module(skills: Sequence[Skill], weights: Sequence[float | Mapping[str, 
     modules = modules_of(skills)
     for each in given:
         for value in each.values() if isinstance(each, Mapping) else [each]:
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"weights must be finite numbers, got {value!r}: give one weight per skill")
         for pattern in each if isinstance(each, Mapping) else ():
             if not any(fnmatchcase(module, pattern) for module in modules):

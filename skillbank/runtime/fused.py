@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import Adapted, adapted_layers, matrix
+from skillbank.attach import Adapted, adapted_layers
+from skillbank.layers import matrix
 from skillbank.mixture import Mixture
 from skillbank.runtime.products import add_product, best_as_stored, linear, product, quicken
 

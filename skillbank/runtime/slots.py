@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import mark, matrix, plain_modules
+from skillbank.attach import mark, plain_modules
+from skillbank.layers import matrix, run_layers
 from skillbank.mixture import Cell
 from skillbank.runtime.fused import gated_linear
 from skillbank.runtime.products import linear
@@ -55,6 +56,7 @@ class Slots(nn.Module):
             for factors, width in ((self.a, weight.shape[0]), (self.b, weight.shape[1])):
                 factors.append(nn.Parameter(weight.new_zeros(count, rank, width), requires_grad=False))
             layer.forward = partial(_forward, layer, self, len(self.a) - 1)
+        run_layers(net)
 
     @torch.no_grad()
     def put(self, slot: int, skill: Skill) -> None:

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.attach import detach, factors, fresh, matrix, plain_modules
+from skillbank.attach import detach, factors, fresh, plain_modules
+from skillbank.layers import matrix
 from skillbank.model import SEED_STRIDE, Batch, Batches, ModelModule
 from skillbank.runtime.fused import gated_linear, unfuse
 from skillbank.runtime.products import quicken
