@@ -51,6 +51,12 @@ class _Level(nn.Module):
         """Net of the base."""
         return self.policy.net
 
+    def train(self, mode: bool = True) -> _Level:
+        """Switch the gate only, as `Composed` does: base and skills are without dropout."""
+        self.gate.train(mode)
+        self.training = mode
+        return self
+
     def forward(self, batch: Batch) -> Tensor:
         """Squared error of the sampled action, (): the official loss of the levels of noise and of actions."""
         return (self.act(batch["observation"]) - batch["action"]).square().flatten(1).sum(-1).mean()

@@ -156,8 +156,8 @@ class Study:
 
     def fixed(self, scenario: str) -> Model:
         """Constant weights, chosen on a grid by the diffusion loss on held-out demonstrations."""
-        _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
-        return tuned(model, skills, self.task(SCENARIOS[scenario][0]))
+        policy, skills = self.apart(scenario)
+        return tuned(cast("ModelModule", policy), skills, self.task(SCENARIOS[scenario][0]))
 
     def psec(self, scenario: str) -> Model:
         """The paper's recipe: raw linear gate from its official initialisation, 1,001 steps at batch 512, no regulariser (its continual runs)."""
@@ -166,11 +166,16 @@ class Study:
         gate = ("gate=official", "standardise=false", *fit, *plain)
         return self.load(self.compose(scenario, "psec", self.paper_skills(scenario), *gate))
 
-    def untrained(self, scenario: str, kind: Level) -> Any:
-        """A level over the base and the skills, its gate as it starts."""
+    def apart(self, scenario: str) -> tuple[DiffusionPolicy, list[sb.Skill]]:
+        """The base, its sampler at the paper's temperature, and the skills of the paper's recipe, not on it yet."""
         _, model, skills, _ = skills_on_base(self.bank, self.paper_skills(scenario))
         policy = cast("DiffusionPolicy", model)
         policy.temperature = 1.0
+        return policy, skills
+
+    def untrained(self, scenario: str, kind: Level) -> Any:
+        """A level over the base and the skills, its gate as it starts."""
+        policy, skills = self.apart(scenario)
         torch.manual_seed(self.seed)
         return kind(policy, skills)
 
@@ -179,10 +184,11 @@ class Study:
 
         A step samples with every member, so batches are of 64; the other rows' are of 256 and more.
         """
-        level = self.untrained(scenario, kind)
+        level, task = self.untrained(scenario, kind), self.task(SCENARIOS[scenario][0])
         steps = 5 if self.overrides else 1001
-        batches = self.task(SCENARIOS[scenario][0]).batches(batch_size=8 if self.overrides else batch_size, seed=self.seed)
-        folder = self.folder / label / self.setting / f"seed-{self.seed}" / scenario
+        batches = task.batches(batch_size=8 if self.overrides else batch_size, seed=self.seed)
+        made_from = stored.key([self.bank.card(ref).hash for ref in self.paper_skills(scenario)], task.data, batch_size)
+        folder = self.folder / label / self.setting / f"seed-{self.seed}" / scenario / made_from
         options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
         return cast("Model", level)
@@ -239,10 +245,15 @@ def tuned(model: ModelModule, skills: list[sb.Skill], task: ControlTask) -> Mode
     return composed
 
 
+def trained(scenario: str, row: str) -> bool:
+    """Whether anything of a row is trained, so that it has seeds; the best that is there before the walk skill is the base."""
+    return row != "base" and (scenario, row) != ("S->W", "best-skill")
+
+
 def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tuple[str, str, str, int]]:
     """(scenario, setting, row, seed) of everything that there is to compute."""
     for setting, seed, row, scenario in itertools.product(settings, seeds, rows, SCENARIOS):
-        if row != "base" or seed == seeds[0]:  # nothing of it is trained
+        if seed == 0 or trained(scenario, row):
             yield scenario, setting, row, seed
 
 
@@ -355,7 +366,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         line: dict[str, Any] = {"": label}
         for setting, scenario in columns:
             means = [each["mean"] for each in results if each["name"] == f"{scenario}/{setting}/{row}"]
-            few = f" ({len(means)})" if len(means) < 3 and row != "base" else ""
+            few = f" ({len(means)})" if len(means) < 3 and trained(scenario, row) else ""
             line[f"{scenario} {setting}"] = f"{np.mean(means):.0f}{few}" if means else ""
         lines.append(line)
     shown = {

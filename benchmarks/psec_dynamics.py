@@ -134,7 +134,7 @@ class Study:
         return self.load(self.policy(f"scratch/{data}", data))
 
     def joint(self, shift: str, data: str) -> Model:
-        """The same network trained on the steps of source and target data, all alike."""
+        """The same network trained on source and target data, as many steps of each in a batch as their sizes are to each other."""
         files = {each: f"{DATA}/{each}.npz" for each in (shift, data)}
         steps = {each: manifest()["sets"][each]["steps"] for each in files}
         old = f"+task.rehearsal={{demonstrations: {files[shift]}, share: {steps[shift] / sum(steps.values()):.4f}}}"

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,13 +206,14 @@ class Study:
 
     def feasible(self) -> Model:
         """One policy whose examples are weighted by both critics."""
-        reward, safety = (cast("Critic", self.load(self.critic(name, *options))) for name, options in (("reward", REWARD), ("hj", HJ)))
+        critics = [self.critic("reward", *REWARD), self.critic("hj", *HJ)]
+        reward, safety = (cast("Critic", self.load(ref)) for ref in critics)
         task = self.task()
         print(f"   effective sample size {task.weigh(Feasible(reward, safety)):.3f}", flush=True)
         conf = self.conf("train", *NET, f"fit.steps={STEPS['base']}")
         torch.manual_seed(self.seed)
         policy: DiffusionPolicy = instantiate(conf.model, **task.dimensions, _convert_="all")
-        folder = self.folder / "feasible" / self.name / f"seed-{self.seed}"
+        folder = self.folder / "feasible" / self.name / f"seed-{self.seed}" / stored.key([self.bank.card(ref).hash for ref in critics], task.data)
         batches = task.batches(batch_size=conf.batch_size, seed=self.seed)
         sb.fit(policy, batches, policy.parameters(), steps=conf.fit.steps, lr=conf.fit.lr, seed=self.seed, folder=folder)
         return policy
@@ -224,10 +226,12 @@ class Study:
         """NSEC and ASEC: a gate over base and skills, trained on the squared error of the sampled action, in batches of 64."""
         _, model, skills, _ = skills_on_base(self.bank, self.skills())
         torch.manual_seed(self.seed)
-        level = kind(cast("DiffusionPolicy", model), skills)
-        batches = self.task("_safe").batches(batch_size=64, seed=self.seed)
+        level, task = kind(cast("DiffusionPolicy", model), skills), self.task("_safe")
+        batches = task.batches(batch_size=64, seed=self.seed)
+        cast("sb.MLPGate", level.gate).standardise(torch.cat([batch["observation"] for batch in islice(batches(0), 40)]))
         steps = 3 if self.quick else STEPS["gate"]
-        folder = self.folder / kind.__name__ / self.name / f"seed-{self.seed}"
+        made_from = stored.key([self.bank.card(ref).hash for ref in self.skills()], task.data)
+        folder = self.folder / kind.__name__ / self.name / f"seed-{self.seed}" / made_from
         options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
         return level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-__all__ = ["by_threads", "commit", "complete", "load", "parser", "so_far", "store", "study_options", "where"]
+__all__ = ["by_threads", "commit", "complete", "key", "load", "parser", "so_far", "store", "study_options", "where"]
 
 Row = dict[str, Any]
 
@@ -44,14 +45,25 @@ def study_options(parser: argparse.ArgumentParser, rows: Iterable[str], seeds: i
 
 def complete(path: Path, cells: Iterable[tuple[str, int, Callable[[], Row]]], said: Callable[[Row], str]) -> None:
     """Compute what a file of results lacks of some (name, seed, how to), each written as soon as it is there; others may write to it as well."""
+
+    def there(name: str, seed: int) -> bool:
+        return any((each["name"], each["seed"]) == (name, seed) for each in so_far(path))
+
     for name, seed, compute in cells:
-        if any((each["name"], each["seed"]) == (name, seed) for each in so_far(path)):
+        if there(name, seed):
             continue
         row = compute()
         print(f"== {name} seed {seed}: {said(row)}", flush=True)
         path.parent.mkdir(exist_ok=True)
-        with FileLock(f"{path}.lock"), path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with FileLock(f"{path}.lock"):
+            if not there(name, seed):  # others may have computed the same meanwhile
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def key(*made_from: object) -> str:
+    """Short name of what a run is made of, such as hashes of skills and data: a run of another makes another folder."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def store(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import stored
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import interval
 from skillbank import Composed, ConstantGate, attach, check_model, merge
@@ -188,6 +189,27 @@ def test_one_member_of_mixed_noise_has_the_loss_of_its_policy():
         torch.manual_seed(0)
         losses.append(model(tiny_batch()).detach())
     close(*losses, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel, ParameterLevel])
+def test_a_level_is_trained_without_the_dropout_of_its_base(kind):
+    level = kind(tiny_policy(dropout=0.5, temperature=0.0), [random_skill(tiny_policy().net)])
+    expected = level(tiny_batch())
+    assert level.train().training
+    assert level.gate.training
+    assert torch.equal(level(tiny_batch()), expected)
+
+
+def test_a_cell_is_stored_once_whoever_computes_it(tmp_path):
+    path = tmp_path / "results" / "rows.jsonl"
+
+    def compute(value, *, meanwhile=()):
+        stored.complete(path, meanwhile, str)
+        return {"name": "x", "seed": 0, "value": value}
+
+    other = [("x", 0, partial(compute, 1))]
+    stored.complete(path, [("x", 0, partial(compute, 2, meanwhile=other)), ("x", 0, partial(compute, 3))], str)
+    assert stored.load(path) == [{"name": "x", "seed": 0, "value": 1}]
 
 
 @pytest.mark.parametrize("kind", [NoiseLevel, partial(NoiseLevel, on_noise=True), ActionLevel, ParameterLevel])

@@ -31,6 +31,11 @@ def test_a_comparison(higher, lower, verdict):
     assert Comparison("", higher, lower).verdict == verdict
 
 
+def test_what_nobody_trained_is_one_seed_for_all():
+    assert Comparison("", seeds(20), seeds(10, count=1), untrained=True).verdict == "holds"
+    assert Comparison("", seeds(20), [], untrained=True).verdict == "missing"
+
+
 def test_an_interval_holds_what_seeds_and_episodes_vary():
     one = Comparison("", seeds(20, episodes=2000), seeds(10, episodes=2000))
     assert one.effect == pytest.approx(10, abs=0.1)

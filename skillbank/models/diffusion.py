@@ -75,6 +75,7 @@ class _MishFunction(torch.autograd.Function):
         return x * tanh
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         return gradients[0] * slope

@@ -214,7 +214,7 @@ class ControlTask:
         return summary(self.rollout(model, seed=seed, episodes=episodes).returns)
 
     def record(self, model: Model) -> Recorded:
-        """Its first evaluation episode, run again: frames, rewards, and weights if it has a gate.
+        """An episode from where its first evaluation episode starts, with other noise of the sampler: frames, rewards, and weights if it has a gate.
 
         Where nothing can be rendered (a machine without OpenGL) there are no frames, and a line on stderr says why.
         """
