@@ -143,6 +143,9 @@ def test_mish_is_torchs(dtype):
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+    (slope,) = torch.autograd.grad(Mish()(mine).square().sum(), mine, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
 
 
 def test_one_activation_everywhere():
