@@ -135,7 +135,7 @@ def search_weights(
         skills: K skills.
         batches: of the task, all of them looked at in every evaluation.
         evaluations: of the objective, the one at 0 first.
-        within: bounds of every weight.
+        within: bounds of every weight, with 0, where the search starts, between them.
         penalty: of the mean absolute weight, added to the objective.
         objective: from the model and a batch to what is minimised, (); default is the model's loss. It may draw random numbers, the same in every
             evaluation.
@@ -147,7 +147,7 @@ def search_weights(
 
     Raises:
         ImportError: nevergrad is not installed.
-        ValueError: no batches, no evaluations, or an objective that is not finite at 0.
+        ValueError: no batches, no evaluations, bounds without 0, or an objective that is not finite there.
 
     """
     import nevergrad
@@ -155,6 +155,8 @@ def search_weights(
     looked_at = list(batches)
     if not looked_at or evaluations < 1:
         raise ValueError(f"a search needs batches and evaluations, got {len(looked_at)} and {evaluations}")
+    if not within[0] <= 0 <= within[1]:
+        raise ValueError(f"a search starts at 0, which is not within={within}: give bounds around it")
     weighted = Weighted(cast("nn.Module", model), skills, start=[0.0] * len(skills), objective=objective)
 
     def value(weights: Sequence[float]) -> float:

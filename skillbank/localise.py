@@ -56,8 +56,8 @@ def graft(model: Model, skill: Skill, batches: Iterable[Batch], *, keep: float =
 
     """
     looked_at = list(batches)
-    if not looked_at or not 0 < keep <= 1:
-        raise ValueError(f"a graft needs batches and a share to keep in (0, 1], got {len(looked_at)} batches and keep={keep}")
+    if not looked_at or not 0 < keep <= 1 or steps < 1:
+        raise ValueError(f"a graft needs batches, steps, and a share to keep in (0, 1]; got {len(looked_at)} batches, steps={steps} and keep={keep}")
     whole = truncate(skill, error=0.0)
     attach(model.net, whole)
     weights = {name: cast("nn.Parameter", layer.weight) for name, (layer, _) in channel_layers(model.net).items()}

@@ -99,5 +99,7 @@ def test_a_search_that_cannot_be():
     skills = family(policy)
     with pytest.raises(ValueError, match="a search needs batches and evaluations, got 0 and 40"):
         search_weights(policy, skills, [])
+    with pytest.raises(ValueError, match=r"a search starts at 0, which is not within=\(0.1, 1.0\)"):
+        search_weights(policy, skills, [tiny_batch()], within=(0.1, 1.0))
     with pytest.raises(ValueError, match="the objective is nan where all weights are 0"):
         search_weights(policy, skills, [tiny_batch()], objective=lambda model, batch: torch.tensor(float("nan")))

@@ -73,5 +73,5 @@ def test_a_skill_without_an_effect():
         graft(model, skill, batches)
     with pytest.raises(ValueError, match=r"got 0 batches and keep=0\.95"):
         graft(model, skill, [])
-    with pytest.raises(ValueError, match=r"a share to keep in \(0, 1\], got 2 batches and keep=1.5"):
+    with pytest.raises(ValueError, match=r"a share to keep in \(0, 1\]; got 2 batches, steps=8 and keep=1.5"):
         graft(model, skill, batches, keep=1.5)

@@ -395,6 +395,8 @@ def test_regmean_is_the_least_squares_solution(seed):
         sums = sum(w * g[name] for w, g in zip(weights, grams, strict=True))
         pulled = sum(w * d @ g[name] for w, d, g in zip(weights, matrices(skills, name), grams, strict=True))
         close(dense(merged, name).flatten(1), pulled @ torch.linalg.inv(sums), 1e-4)
+    with pytest.raises(ValueError, match=r"diagonal is a share in \[0, 1\], got 5"):
+        merge(skills, weights, method="regmean", grams=grams, diagonal=5)
 
 
 @given(seeds)

@@ -34,6 +34,8 @@ def regmean(part: Part, *, grams: Sequence[Mapping[str, Tensor]] | None = None, 
     """
     if grams is None or len(grams) <= part.places[-1]:
         raise ValueError(f"regmean needs the Gram matrices of the inputs for every skill, got {len(grams or ())}: give grams=[...]")
+    if not 0 <= diagonal <= 1:
+        raise ValueError(f"diagonal is a share in [0, 1], got {diagonal}")
     here = part.core
     size = len(here.right)
     sums, pulled = here.right.new_zeros(size, size), here.left.new_zeros(here.left.shape[1], size)
