@@ -55,7 +55,7 @@ def unseal(data: bytes) -> dict[str, Any]:
         raise ValueError(f"has {len(data)} bytes, more than the {_LARGEST} that are read")
     seals = _SEAL.findall(data)
     if len(seals) != 1 or hashlib.sha256(_SEAL.sub(_BLANK, data)).hexdigest().encode() != seals[0]:
-        raise ValueError("does not match its seal: it was changed after it was written")
+        raise ValueError("does not match its seal: it was changed after it was written; restore it from a copy")
     try:
         body = _object(data)
         del body["seal"]
