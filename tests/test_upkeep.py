@@ -237,6 +237,15 @@ def test_what_is_removed_while_it_is_read_was_removed(bank, monkeypatch):
         bank.get("walker/both")
 
 
+@pytest.mark.parametrize("where", ["folder", "elsewhere"])
+def test_what_is_removed_while_it_is_verified_is_no_problem(bank, where):
+    there = bank if where == "folder" else Bank(f"file://{bank.root}")
+    assert there.verify(done=lambda so_far, _: so_far or bank.remove("walker/both"), workers=1) == []
+    (bank.path("walker/gated") / "gate.safetensors").write_bytes(b"")
+    problems = there.verify(done=lambda so_far, _: so_far or bank.remove("walker/run", force=True), workers=1)
+    assert {problem.ref for problem in problems} == {"walker/gated@1"}
+
+
 def test_what_was_removed_while_it_is_put_gets_a_new_number(bank, monkeypatch):
     known = bank.place.with_content(bank.card("walker/both").hash)
     both = bank.get("walker/both")

@@ -10,7 +10,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,6 +158,7 @@ class BankReader:
         base: str | Ref | None = None,
         where: Iterable[str | Where] = (),
         text: str = "",
+        damaged: Callable[[str], object] | None = None,
     ) -> builtins.list[Entry]:
         """Every version that is asked for, by name and number.
 
@@ -167,6 +168,7 @@ class BankReader:
             base: reference of the base that it belongs to.
             where: conditions on the card that all hold, such as `metrics.return > 600`, see `Where`.
             text: what the card contains, anywhere, whatever the case.
+            damaged: told of every version whose card cannot be read, which then is left out; None makes it an error.
 
         Raises:
             ValueError: an unknown kind, a condition of another form, or a card that cannot be read among the names that are asked for.
@@ -183,7 +185,11 @@ class BankReader:
             found = [entry for entry in found if matches(entry.name)]
         for entry in found:
             if entry.problem:
-                raise ValueError(entry.problem)
+                said = f"{entry.problem}; `skillbank rm {entry.ref} --force` takes it away"
+                if damaged is None:
+                    raise ValueError(said)
+                damaged(said)
+        found = [entry for entry in found if not entry.problem]
         if kind is not None:
             found = [entry for entry in found if entry.kind == kind]
         if base is not None:
