@@ -35,6 +35,7 @@ class Progress:
         folder: Path | None,
     ) -> None:
         self.model, self.trained, self.optimizer, self.ema, self.settings, self.folder = model, trained, optimizer, ema, settings, folder
+        self.kept = set(model.state_dict())
         self.step, self.started = 0, time.perf_counter()
         self.rows: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
@@ -56,8 +57,7 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name."""
-        kept = self.model.state_dict()
-        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in kept}
+        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.kept}
         flat |= {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
         for i, (name, p) in enumerate(self.trained.items()):
             flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}

@@ -1,6 +1,7 @@
 """Push and pull: what arrives is byte-identical and verified, what is there stays, what differs is an error, what breaks goes on."""
 
 import logging
+import os
 import shutil
 import sys
 import uuid
@@ -214,10 +215,11 @@ def test_an_alias_that_is_moved_meanwhile_stays(bank, url, tmp_path):
 
 
 def test_a_folder_that_is_swept_while_it_is_pushed_to(bank, tmp_path, monkeypatch):
-    there, real = Bank(tmp_path / "there"), shutil.copyfile
+    there, real = Bank(tmp_path / "there"), os.fsync
     there.put(skill_of(3), "other")
-    monkeypatch.setattr(shutil, "copyfile", lambda source, target: (there.gc(), real(source, target)))
-    bank.push(str(there.root))
+    monkeypatch.setattr(os, "fsync", lambda handle: (there.gc(), real(handle)))
+    assert len(bank.push(str(there.root), "walker/stand")) == 1
+    monkeypatch.undo()
     assert there.verify() == []
     assert there.gc() == []
     assert not list(there.root.rglob(".partial"))

@@ -44,7 +44,9 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     sent = []
     for count, ref in enumerate(wanted):
         done(count, len(wanted))
-        if ref.number in numbers[ref.name] or ref.number in there.versions(ref.name):
+        if ref.number not in numbers[ref.name]:
+            remote.files.invalidate_cache()  # somebody may have put it there meanwhile
+        if ref.number in numbers[ref.name] or there.place.has(ref):
             same_version(ref, bank.place.card(ref), there.place.card(ref))
             continue
         _check_removed(there, ref)
