@@ -25,6 +25,7 @@ def compose(cfg: DictConfig) -> str:
     """Do it; returns the new version's reference."""
     conf = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     bank = sb.Bank(cfg.bank)
+    _ = bank.root  # an error where it is elsewhere, before anything is trained
     with tracked(conf, bank) as log:
         made = recipe.compose(conf, bank)
         assert isinstance(made.thing, sb.Composition)
@@ -32,10 +33,12 @@ def compose(cfg: DictConfig) -> str:
         rivals = {"base, untouched": base} | {f"{ref}, untouched": ref for ref in refs} | {ref: ref for ref in cfg.compare}
         evaluate = made.task.evaluate
         rows = [{"row": row} | evaluate(sb.load(ref, bank), episodes=cfg.episodes) for row, ref in rivals.items()] if cfg.episodes else []
-        metrics |= evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
+        own = evaluate(made.model, episodes=cfg.episodes) if cfg.episodes else {}
+        metrics |= own
         ref = str(bank.put(made.thing, made.name, card=made.card))
         log(ref)
-    print(markdown([*rows, {"row": ref} | {key: metrics[key] for key in rows[0] if key != "row"}]) if rows else ref)
+    rows += [{"row": ref} | own] if rows else []
+    print(markdown(rows) if rows else ref)
     if rows and cfg.report:
         print(f"report: {write_report(ref, bank, made.task, rows, made.folder)}")
     return ref

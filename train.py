@@ -24,6 +24,7 @@ def train(cfg: DictConfig) -> str:
     """Do it; returns the new version's reference."""
     conf = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     bank = sb.Bank(cfg.bank)
+    _ = bank.root  # an error where it is elsewhere, before anything is trained
     with tracked(conf, bank) as log:
         made = recipe.train(conf, bank)
         metrics = made.card["metrics"]

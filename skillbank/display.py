@@ -93,7 +93,16 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_json(value: object) -> None:
     """Print JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """The same without what JSON has no word for: null for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def answer(json: bool, value: object, *lines: str) -> None:
@@ -139,8 +148,8 @@ def print_fitting(columns: dict[str, list[str]]) -> None:
 
 def telling(card: Card) -> str:
     """The two most telling metrics: returns before losses, losses before the rest."""
-    known = [key for key in _TELLING if key in card.metrics]
-    others = [key for key, value in card.metrics.items() if key not in _TELLING and isinstance(value, int | float)]
+    numbers = [key for key, value in card.metrics.items() if isinstance(value, int | float)]
+    known, others = [key for key in _TELLING if key in numbers], [key for key in numbers if key not in _TELLING]
     return ", ".join(f"{key} {card.metrics[key]:.5g}" for key in [*known, *others][:2])
 
 

@@ -38,7 +38,7 @@ class Fit:
     Args:
         rows: one dict per logged step with `step`, `loss` (mean since the row before), `lr`, and `validation` where it was computed.
         steps: optimiser steps in total.
-        seconds: wall time of this call; less than the whole where it resumed.
+        seconds: wall time, that of the runs which it resumed as well.
 
     """
 
@@ -89,8 +89,8 @@ def fit(
         model: a `Model`; `forward(batch)` is the loss.
         batches: `batches(i)` yields the batches of index i, i + 1, ... on any device.
         params: the parameters to train, all of them in `model`, or groups of them as torch's optimisers take them: mappings with `params` and, where
-            it is another, `lr` or `weight_decay`. All others are frozen for the time of the call.
-        steps: optimiser steps.
+            it is another, `lr` or `weight_decay`. All others are frozen for the time of the call, and so are their running statistics.
+        steps: optimiser steps, at least 1.
         lr: learning rate after `warmup` linear steps, then falling by a half cosine over `schedule_steps` (default: `steps`), or constant.
         weight_decay: decoupled decay.
         schedule: `cosine` or `constant`.
@@ -117,11 +117,13 @@ def fit(
         progress: show a bar with loss, steps per second and time left.
 
     Raises:
-        ValueError: no parameters, parameters that are not the model's, a checkpoint of a run with other settings in `folder`, or a GPU that
+        ValueError: no steps, no parameters, parameters that are not the model's, a checkpoint of a run with other settings in `folder`, or a GPU that
             is not there.
         FloatingPointError: the loss is not finite; the last checkpoint stands.
 
     """
+    if steps < 1:
+        raise ValueError(f"steps={steps} trains nothing: give at least 1")
     groups = _groups(params, lr, weight_decay)
     trained = _named(model, [p for group in groups for p in group["params"]])
     settings: dict[str, Any] = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "schedule_steps": schedule_steps}
@@ -142,8 +144,9 @@ def fit(
         else:
             wrapped, optimizer = accelerator.prepare(model, optimizer)
         loss_of = compiled_loss(wrapped) if compile else wrapped
-        state = Progress(trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
+        state = Progress(model, trained, optimizer.optimizer, ema, settings, Path(folder) if folder else None)
         state.resume()
+        still = list(_still(model))
         world, rank = accelerator.num_processes, accelerator.process_index
         stream = islice(batches(state.step * accumulate * world + rank), 0, None, world)
         curves = [_curve(group["lr"], schedule, warmup, schedule_steps or steps) for group in groups]
@@ -152,6 +155,7 @@ def fit(
             while state.step < steps:
                 for group, curve in zip(optimizer.param_groups, curves, strict=True):
                     group["lr"] = curve(state.step)
+                _train(wrapped, still)
                 seeds = [(seed * SEED_STRIDE + state.step * 4096 + turn * world + rank) % 2**63 for turn in range(accumulate)]
                 state.losses.append(_step(accelerator, wrapped, loss_of, backward, optimizer, stream, seeds, trained.values(), clip))
                 state.advance()
@@ -200,7 +204,6 @@ def _step(
     clip: float | None,
 ) -> Tensor:
     """One optimiser step on a batch per seed; the mean loss of its batches, detached."""
-    model.train()
     total = None
     for seed in seeds:
         torch.manual_seed(seed)
@@ -215,6 +218,22 @@ def _step(
         total = loss.detach().clone() if total is None else total + loss.detach()  # a copy: a CUDA graph's next replay writes over its output
     assert total is not None
     return total / len(seeds)
+
+
+def _train(model: nn.Module, still: Iterable[nn.Module]) -> None:
+    model.train()
+    for module in still:
+        module.eval()
+
+
+def _still(module: nn.Module, frozen: bool = False) -> Iterator[nn.Module]:
+    """Modules whose running statistics are frozen: a parameter of theirs is, or of the nearest module around that has any where they have none."""
+    params = [p.requires_grad for p in module.parameters()]
+    frozen = not all(params) if params else frozen
+    if frozen and getattr(module, "running_mean", None) is not None:
+        yield module
+    for child in module.children():
+        yield from _still(child, frozen)
 
 
 def _row(accelerator: Accelerator, state: Progress, lr: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a training run has come to: parameters, moments, EMA, step and rows, kept in a checkpoint and found again."""
+"""What a training run has come to: parameters, buffers, moments, EMA, step and rows, kept in a checkpoint and found again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 
 class Progress:
-    """What a checkpoint holds: parameters, moments, EMA, step, and the rows of the metrics file."""
+    """What a checkpoint holds: parameters, buffers of the model that are in its state, moments, EMA, step, and the rows of the metrics file."""
 
     def __init__(
-        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: float | None, settings: dict[str, Any], folder: Path | None
+        self,
+        model: nn.Module,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        ema: float | None,
+        settings: dict[str, Any],
+        folder: Path | None,
     ) -> None:
-        self.trained, self.optimizer, self.ema, self.settings, self.folder = trained, optimizer, ema, settings, folder
+        self.model, self.trained, self.optimizer, self.ema, self.settings, self.folder = model, trained, optimizer, ema, settings, folder
+        self.kept = set(model.state_dict())
         self.step, self.started = 0, time.perf_counter()
         self.rows: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
@@ -50,7 +57,8 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name."""
-        flat = {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
+        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.kept}
+        flat |= {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
         for i, (name, p) in enumerate(self.trained.items()):
             flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
             if self.shadow:
@@ -73,12 +81,16 @@ class Progress:
         if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
             here = {key: self.settings[key] for key in other}
             raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
-        if missing := {key for key in self.tensors() if key not in stored}:
-            raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has no {sorted(missing)[0]!r}; use another folder")
+        without = not any(key.startswith("buffer/") for key in stored)  # as checkpoints once were
+        here = {key: value for key, value in self.tensors().items() if key != "losses" and not (without and key.startswith("buffer/"))}
+        for key, live in sorted(here.items()):
+            found = tuple(stored[key].shape) if key in stored else None
+            if found != tuple(live.shape):
+                what = f"no {key!r}" if found is None else f"{key!r} of shape {found}, not {tuple(live.shape)}"
+                raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has {what}; use another folder")
         with torch.no_grad():
-            for name, live in self.tensors().items():
-                if name != "losses":
-                    live.copy_(stored[name])
+            for key, live in here.items():
+                live.copy_(stored[key])
         self.losses = list(stored["losses"])
         self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
         self.started -= float(notes["seconds"])
@@ -87,7 +99,7 @@ class Progress:
     def log(self, row: dict[str, float], accelerator: Accelerator) -> None:
         """Keep a row of the metrics; a FloatingPointError where the loss is not finite."""
         if not math.isfinite(row["loss"]):
-            where = f"; the last checkpoint is in {self.folder}" if self.folder else ""
+            where = f"; the last checkpoint is in {self.folder}" if self.folder and (self.folder / CHECKPOINT).exists() else ""
             raise FloatingPointError(f"the loss is {row['loss']} at step {self.step}: lower the learning rate or clip the gradient{where}")
         self.rows.append(row)
         self.losses.clear()

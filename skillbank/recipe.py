@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from skillbank.attach import attach, fresh, read
 from skillbank.bank import Bank, Base, Card, Composition, Ref
 from skillbank.bank.card import tool_versions
+from skillbank.bank.refs import check_name
 from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
 from skillbank.gate import MLPGate
@@ -72,9 +74,10 @@ def train(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         resume: keep checkpoints under runs/ and go on from what is there.
 
     Raises:
-        ValueError: references that do not go together.
+        ValueError: references that do not go together, a bad name, or no steps.
 
     """
+    check_name(conf["name"])
     conf, task, critics, metrics = _weighted(conf, bank)
     base = None if conf["base"] is None else str(bank.resolve(conf["base"]))
     if base is not None and (kind := bank.card(base).kind) != "base":
@@ -116,7 +119,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
 
     Raises:
         ValueError: both or neither of merge and gate, a critic or online steps for a merge, skills that do not go together, a search without base or
-            examples, or a gate or a task that online training cannot take.
+            examples, or a gate or a task that online training cannot take; a bad name.
         ImportError: online training needs a package that is not installed.
 
     """
@@ -131,7 +134,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         conf = {**conf, "skills": _searched(conf, bank)}
     conf, task, critics, metrics = _weighted(conf, bank)
     base, model, skills, refs = skills_on_base(bank, conf["skills"])
-    name = conf["name"] or composition_name(task.name, base, refs)
+    name = check_name(conf["name"] or composition_name(task.name, base, refs))
     keys = ("task", "gate", "merge", "weights", "regulariser", "standardise", "fit", "online", "seed", "batch_size")
     folder = _folder("compose", name, conf, keys, bank, [base, *refs, *critics], task)
     torch.manual_seed(conf["seed"])
@@ -160,7 +163,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     data = task.data
     if isinstance(network, Prototypes):
-        data = _place(network, model, [_task(bank.card(ref).conf) for ref in refs], conf)
+        data = _place(network, model, [task_of(ref, bank) for ref in refs], conf)
     if (params := list(network.parameters())) and conf["fit"]["steps"]:
         metrics |= _fit(composed, params, conf, name, task, folder if resume else None)
     if online["steps"]:
@@ -178,8 +181,9 @@ def _online() -> Any:
 
 
 def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, float]]:
-    """The task, its examples weighted if the configuration names a critic: (configuration with its exact reference, task, references, metrics)."""
-    task = _task(conf)
+    """The task, its examples weighted if the configuration names a critic: (configuration with exact references, task, references, metrics)."""
+    conf = _exact(conf, bank)
+    task = _task(conf, bank)
     if conf.get("critic") is None:
         return conf, task, [], {}
     ref = str(bank.resolve(conf["critic"]))
@@ -187,9 +191,7 @@ def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, 
     if not hasattr(critic, "advantages"):
         raise ValueError(f"{ref!r} is a {type(critic).__name__}, a critic is needed to weight examples: train one with model=critic fit=critic")
     if weigh is None:
-        raise ValueError(
-            f"the examples of a {type(task).__name__}, as task {task.name!r}, cannot be weighted: use a task of transitions (task=offline)"
-        )
+        raise ValueError(f"examples of a {type(task).__name__}, as task {task.name!r}, cannot be weighted: use a task of transitions (task=offline)")
     return {**conf, "critic": ref}, task, [ref], {"effective_sample_size": weigh(critic)}
 
 
@@ -263,7 +265,7 @@ class Rebuilt:
     Args:
         ref: exact reference.
         differences: what is not bit-equal, of the metrics of a merge what differs by more than rounding: `{part: size of the difference over the
-            size of what is stored}`; a part is a module, a tensor or a metric.
+            size of what is stored}`, infinite where one side lacks a part or has another shape or dtype; a part is a module, a tensor or a metric.
         changed: what has changed since it was made, and may be why: data sets by hash, tools by version.
 
     """
@@ -294,11 +296,11 @@ def rebuild(ref: str | Ref, bank: Bank) -> Rebuilt:
     if isinstance(stored, Skill) and "certificate" in card.conf:
         again, _ = merge_versions(parents, bank, **card.conf["merge"])
         return Rebuilt(exact, {} if stored.fingerprint == again.fingerprint else distance(stored, again), _changed(card, {}))
-    conf = {**card.conf, "logger": {}, "name": exact.name}
-    if not {"task", "seed"} <= set(conf) or not {"model", "skills"} & set(conf):
+    if not {"task", "seed"} <= set(card.conf) or not {"model", "skills"} & set(card.conf):
         raise ValueError(
             f"the card of {str(exact)!r} has no configuration: only what train.py, compose.py and `skillbank merge` made can be made again"
         )
+    conf = {**_exact(card.conf, bank, card.base and card.base["ref"]), "logger": {}, "name": exact.name}
     if card.kind == "composition":
         made = compose({**conf, "skills": parents}, bank, resume=False)
     else:
@@ -320,11 +322,12 @@ def _differences(stored: object, made: Made, card: Card) -> dict[str, float]:
 
 
 def _apart(stored: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str, float]:
-    found = {}
-    for name, old in stored.items():
-        new = made[name].to(old)
-        if not torch.equal(old, new):
-            found[name] = float((new.double() - old.double()).norm() / old.double().norm().clamp_min(1e-30))
+    found = dict.fromkeys(sorted(stored.keys() ^ made.keys()), math.inf)
+    for name in sorted(stored.keys() & made.keys()):
+        old, new = stored[name], made[name].to(stored[name].device)
+        alike = (old.dtype, old.shape) == (new.dtype, new.shape)
+        if not (alike and torch.equal(old, new)):
+            found[name] = float((new.double() - old.double()).norm() / old.double().norm().clamp_min(1e-30)) if alike else math.inf
     return found
 
 
@@ -366,15 +369,29 @@ def task_of(ref: str | Ref, bank: Bank) -> Task:
         ValueError: its card names no task, because `train` and `compose` did not make it.
 
     """
-    conf = bank.card(ref).conf
-    if "task" not in conf:
+    card = bank.card(ref)
+    if "task" not in card.conf:
         raise ValueError(f"the card of {str(ref)!r} names no task: only train.py and compose.py write one there; give another version's, or examples")
-    return _task(conf)
+    return _task(_exact(card.conf, bank, card.base and card.base["ref"]), bank)
 
 
-def _task(conf: Conf) -> Task:
-    made: Task = _instantiate(conf["task"])
-    return made
+def _exact(conf: Conf, bank: Bank, base: str | None = None) -> Conf:
+    """The configuration, its task with exact references; `base` is that of a card, whose task may name it without number."""
+    task, own = dict(conf["task"]), conf["task"].get("bank") == conf.get("bank")
+    for key in ("tokenizer", "classes") if "bank" in task else ():
+        name = task.get(key)
+        if own and base is not None and name == conf.get("base"):
+            task[key] = base
+        elif isinstance(name, str) and name != "bytes" and not Path(name).exists():
+            with suppress(LookupError, ValueError, FileNotFoundError):  # a name on the Hub
+                task[key] = str((bank if own else Bank(task["bank"])).resolve(name))
+    return {**conf, "task": task}
+
+
+def _task(conf: Conf, bank: Bank) -> Task:
+    """The task of a configuration; what it takes from the configuration's bank, it takes from this one."""
+    own = {"bank": str(bank.place)} if "bank" in conf["task"] and conf["task"]["bank"] == conf.get("bank") else {}
+    return cast("Task", _instantiate(conf["task"], **own))
 
 
 def _instantiate(conf: Conf, **more: Any) -> Any:

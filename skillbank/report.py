@@ -169,7 +169,7 @@ def write_report(ref: str, bank: Bank, task: Task, rows: Sequence[Row], folder: 
         ref: a composition.
         bank: where it is.
         task: what it is judged by.
-        rows: the other rows of the results table.
+        rows: of the results table, its own the last one.
         folder: of its training run, for the loss curve; the report goes to the same place.
 
     Returns:
@@ -188,7 +188,7 @@ def write_report(ref: str, bank: Bank, task: Task, rows: Sequence[Row], folder: 
     metrics = folder / METRICS
     report = Report(
         title=ref,
-        rows=[*rows, {"row": ref} | {key: card.metrics[key] for key in rows[0] if key != "row"}],
+        rows=rows,
         facts=_facts(bank, ref),
         skills=names,
         cosine=cosine(skills).numpy(),

@@ -56,6 +56,22 @@ def test_dtypes_are_told_apart_in_torchs_words(tmp_path, dtype):
     assert sb.Checkpoint.scan(tmp_path).weights["w.weight"] == digest({"": tensor})
 
 
+def test_a_checkpoint_of_very_many_weights_is_read_and_what_is_too_large_is_not_put(tmp_path, monkeypatch):
+    bank, files = sb.Bank(tmp_path / "bank"), {"model.safetensors": {"sha256": "a" * 64, "size": 1}}
+    many = sb.Checkpoint("maker/large", None, files, {f"{i}{'w' * 4000}": "b" * 64 for i in range(4500)})
+    ref = bank.put(many, "large")
+    assert (bank.path(ref) / "checkpoint.json").stat().st_size > 2**24
+    assert bank.get(ref) == many
+    assert bank.verify() == []
+    monkeypatch.setattr("skillbank.bank.records._LARGEST_CHECKPOINT", 2**24)
+    with pytest.raises(ValueError, match=r"the checkpoint has 18.* bytes as JSON, more than the 16777216 that are read of checkpoint.json: make it"):
+        bank.put(many, "larger")
+    base = sb.Base({"_target_": "x.Y", "text": "x" * 2**24}, {"net.a.weight": torch.ones(1, 1)})
+    with pytest.raises(ValueError, match=r"the model's conf has 16777.* bytes as JSON, more than the 16777216 that are read of model.json: make it"):
+        bank.put(base, "base")
+    assert [str(entry.ref) for entry in bank.list()] == ["large@1"]
+
+
 def test_every_byte_is_read_once(tmp_path):
     save_file({f"m{i}.weight": torch.randn(512, 512) for i in range(4)}, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size

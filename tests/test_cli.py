@@ -1,5 +1,6 @@
 """The command line: tables, exit codes, and errors of one line."""
 
+import errno
 import inspect
 import json
 import os
@@ -136,6 +137,9 @@ def test_alias(run, bank):
     assert "points at version 1, not at version 2 as expected" in err
     assert run("alias", "walker/walk", "new", "--delete", "--no-protect")[:2] == (0, "walker/walk@new is taken away\n")
     assert bank.aliases("walker/walk") == {"best": 1}
+    code, out, err = run("alias", "walker/walk", "bset", "--delete")
+    assert (code, out) == (1, "")
+    assert re.match(r"skillbank: 'walker/walk' has no alias 'bset' in Bank.*: did you mean 'best'\?", err)
 
 
 def test_rm_and_gc(run, bank):
@@ -149,6 +153,60 @@ def test_rm_and_gc(run, bank):
     assert run("gc", "--dry-run")[:2] == (0, f"{left}\n1 to remove\n")
     assert run("gc")[:2] == (0, f"{left}\n1 removed\n")
     assert run("gc")[:2] == (0, "0 removed\n")
+    code, out, err = run("gc", folder=bank.root / "nowhere")
+    assert (code, out) == (1, "")
+    assert re.match("skillbank: no bank at .*nowhere': give the folder of a bank", err)
+
+
+def test_a_damaged_card_leaves_the_rest_of_the_bank_usable(run, bank):
+    card = bank.path("walker/walk@2") / "card.json"
+    card.write_bytes(card.read_bytes().replace(b"512.25", b"612.25"))
+    code, out, err = run("list", "--json", "--all")
+    assert (code, [entry["ref"] for entry in json.loads(out)]) == (0, ["walker/both@1", "walker/stand@1", "walker/walk@1"])
+    way_out = "`skillbank rm walker/walk@2 --force` takes it away"
+    assert re.fullmatch(rf"skillbank: walker/walk@2: card.json does not match its seal.*; restore it from a copy; {way_out}\n", err)
+    for ref in ("walker/walk@1", "walker/walk@2"):
+        code, _, err = run("rm", ref)
+        assert (code, way_out in err) == (1, True)
+    assert run("rm", "walker/walk@2", "--force")[:2] == (0, "walker/walk@2 is removed\n")
+    assert run("list", "--all")[2] == ""
+    assert "walker/walk@2" not in run("list", "--all")[1]
+    assert "needed by walker/both@1" in run("rm", "walker/walk@1")[2]
+
+
+def test_metrics_of_any_form_are_shown(run, bank):
+    bank.put(bank.get("walker/walk@1"), "odd", card={"metrics": {"return": {"mean": 5.0}, "loss": None, "validation": "none", "steps": 3}})
+    for command in (("list", "odd"), ("log", "odd")):
+        code, out, err = run(*command)
+        assert (code, "steps 3" in out) == (0, True), err
+
+
+def test_what_is_not_finite_is_null_in_json(run, bank):
+    bank.put(Skill({"a": (torch.ones(1, 6), torch.ones(4, 1)), "b": (torch.ones(1, 6), torch.ones(4, 1))}), "more")
+    code, out, _ = run("diff", "walker/walk@1", "more", "--json")
+    assert code == 0
+    assert json.loads(out, parse_constant=pytest.fail)["distance"]["b"] is None
+
+
+def test_diff_shows_every_parent(run, bank):
+    for name, first, weight in (("one", "walker/walk@1", 0.1), ("two", "walker/walk@2", 0.9)):
+        skill = bank.get("walker/walk@1" if name == "one" else "walker/walk@2")
+        bank.put(skill, name, card={"parents": [{"ref": first, "weight": weight}, {"ref": "walker/stand", "weight": 1}]})
+    card = json.loads(run("diff", "one", "two", "--json")[1])["card"]
+    assert card["parent"] == ["0.1 walker/walk@1, 1 walker/stand@1", "0.9 walker/walk@2, 1 walker/stand@1"]
+
+
+def test_verify_of_a_damaged_bank_elsewhere_answers_in_json(run, bank):
+    for ref, name in (("walker/walk@1", "adapter_model.safetensors"), ("walker/both@1", "composition.json")):
+        path = bank.path(ref) / name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (bank.path("walker/walk@2") / "adapter_config.json").unlink()
+    code, out, _ = run("verify", "--json", folder=f"file://{bank.root}")
+    problems = {each["ref"]: each["what"] for each in json.loads(out)["problems"]}
+    assert (code, sorted(problems)) == (1, ["walker/both@1", "walker/walk@1", "walker/walk@2"])
+    assert "names files that cannot be had" in problems["walker/walk@1"]
+    assert "adapter_model.safetensors did not arrive as its card says" in problems["walker/walk@1"]
+    assert "adapter_config.json" in problems["walker/walk@2"]
 
 
 def test_verify(run, bank):
@@ -320,6 +378,24 @@ def test_user_errors_are_one_line(run, arguments, message):
     code, out, err = run(*arguments)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.match(f"skillbank: {message}", err)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "no space left for the bank: make room"), "no space left for the bank: make room"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "Not a directory: 'a/b'"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+    ],
+)
+def test_errors_of_the_disk_and_of_numbers_are_one_line(error, message, capsys):
+    @cli.user_errors
+    def broken():
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        broken()
+    assert capsys.readouterr().err == f"skillbank: {message}\n"
 
 
 def test_no_bank(run, tmp_path, monkeypatch):

@@ -234,6 +234,20 @@ def test_compose_a_merge(home, command):
     assert card.metrics["return"] != task.evaluate(sb.load("walker/stand", bank), episodes=1)["return"]
 
 
+def test_what_the_bank_has_already_is_reported_with_what_this_run_found(home, command):
+    bank = sb.Bank(home / "bank")
+    merge = {"method": "svd", "rank": 1, "weights": [30, -20]}
+    bank.put(sb.Composition("walker/stand", ("walker/walk@1", "walker/run@1"), merge=merge), "known")
+    arguments = ["task=walker/run", "skills=[walker/walk@1,walker/run]", "merge=svd", "merge.rank=1", "weights=[30,-20]", "name=known"]
+    code, out, err = command(home, "compose", *arguments, *common("run"), "episodes=1", "+task.max_steps=3")
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if line.startswith("| known@1 ")]
+    assert bank.card("known").metrics == {}
+    text = (home / re.search(r"report: (.*)", out).group(1)).read_text()
+    assert row.split("|")[2].strip() in text
+    assert text.count("<td>known@1</td>") == 1
+
+
 def test_a_killed_command_resumes(home, command):
     arguments = ["task=walker/walk", "base=walker/stand", "fit.steps=150", "lora.rank=3", *common("walk")[:-5], *QUICK[1:]]
     whole = home / "whole"
@@ -283,6 +297,11 @@ def metrics(folder):
         ("train", ["base=walker/stand", "start=[walker/stand]"], "skillbank: 'walker/stand@1' is a base, a skill is needed here"),
         ("train", ["start=[walker/walk]"], "skillbank: the skills to stand on belong to base 'walker/stand@1'"),
         ("train", ["base=walker/stand", "+fit.device=cuda"], "skillbank: device=cuda was asked for, but torch sees no GPU"),
+        ("train", ["name=../../x"], "skillbank: '../../x' is not a name: use lower-case segments"),
+        ("train", ["bank=file:///nowhere"], r"skillbank: Bank\('file:///nowhere'\) is elsewhere, where it is only read"),
+        ("train", ["base=walker/stand", "fit.steps=0"], "skillbank: steps=0 trains nothing: give at least 1"),
+        ("compose", ["skills=[walker/walk]", "merge=svd", "name=../../x"], "skillbank: '../../x' is not a name: use lower-case segments"),
+        ("compose", ["skills=[walker/walk]", "gate=mlp", "bank=memory://nowhere"], "skillbank: Bank.* is elsewhere, where it is only read"),
         ("compose", ["skills=[walker/walk]"], "skillbank: give either a merge"),
         ("compose", ["skills=[walker/stand]", "gate=mlp"], "skillbank: .*is a base, a skill is needed here"),
         ("compose", ["gate=mlp"], "skillbank: Missing mandatory value: skills"),

@@ -71,6 +71,77 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, step):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == whole.rows
 
 
+class Normed(torch.nn.Module):
+    """Batch normalisation with parameters and without, and dropout; `extra` is none of its own."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        norm, plain = torch.nn.BatchNorm1d(width), torch.nn.BatchNorm1d(width, affine=False)
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, width), norm, torch.nn.Linear(width, width), plain, torch.nn.Dropout(0.5))
+        self.out = torch.nn.Linear(width, 3)
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, batch):
+        return (self.out(self.net(batch["observation"])) - batch["action"][:, 0]).square().mean()
+
+    def statistics(self):
+        return {name: value.clone() for name, value in self.named_buffers()}
+
+
+NORMED = {"steps": 12, "log_every": 1, "checkpoint_every": 4, "lr": 1e-2, "device": "cpu", "progress": False}
+
+
+def test_a_killed_run_resumes_with_its_running_statistics(tmp_path):
+    whole, killed, resumed, again = (Normed() for _ in range(4))
+    rows = fit(whole, batches, whole.parameters(), **NORMED).rows
+    with pytest.raises(KilledError):
+        fit(killed, killed_at(6), killed.parameters(), folder=tmp_path, **NORMED)
+    assert fit(resumed, batches, resumed.parameters(), folder=tmp_path, **NORMED).rows == rows
+    fit(again, killed_at(0), again.parameters(), folder=tmp_path, **NORMED)
+    assert whole.statistics()["net.3.num_batches_tracked"] == 12
+    assert "buffer/scratch" not in load_tensors(tmp_path / "checkpoint.safetensors")[0]
+    for model in (resumed, again):
+        assert digest(model.state_dict()) == digest(whole.state_dict())
+
+
+def test_a_checkpoint_without_buffers_resumes_still(tmp_path):
+    model, path = Normed(), tmp_path / "checkpoint.safetensors"
+    rows = fit(model, batches, model.parameters(), folder=tmp_path, **NORMED).rows
+    tensors, notes = load_tensors(path)
+    save_tensors(path, {key: value for key, value in tensors.items() if not key.startswith("buffer/")}, notes)
+    old = Normed()
+    assert fit(old, killed_at(0), old.parameters(), folder=tmp_path, **NORMED).rows == rows
+    del tensors["buffer/net.1.running_mean"]
+    save_tensors(path, tensors, notes)
+    with pytest.raises(ValueError, match=r"its checkpoint has no 'buffer/net.1.running_mean'; use another folder"):
+        fit(old, batches, old.parameters(), folder=tmp_path, **NORMED)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
+    narrow, wide = Normed(1), Normed(8)
+    fit(narrow, batches, narrow.parameters(), folder=tmp_path, **NORMED)
+    before = digest(wide.state_dict())
+    with pytest.raises(ValueError, match=r"holds a run of another model: its checkpoint has 'buffer/net.1.running_mean' of shape \(1,\), not \(8,\)"):
+        fit(wide, batches, wide.parameters(), folder=tmp_path, **NORMED)
+    assert digest(wide.state_dict()) == before
+
+
+def test_a_skill_leaves_the_running_statistics_of_its_base_alone():
+    model = Normed().eval()
+    before = model.statistics()
+    params = fresh(model.net, rank=2)
+    dropping, modes = model.net[4], []
+    dropping.register_forward_hook(lambda module, *_: modes.append(module.training))
+    fit(model, batches, params, **NORMED)
+    found = model.statistics()
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    assert modes == [True] * NORMED["steps"]
+    fit(model, batches, model.out.parameters(), **NORMED)
+    assert all(torch.equal(model.statistics()[name], before[name]) for name in before)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("kind", ["base", "skill", "gate"])
 def test_a_compiled_run_has_the_losses_of_one_that_is_not_and_each_goes_on_for_the_other(kind, tmp_path):
@@ -291,6 +362,8 @@ def test_bad_input(tmp_path):
         fit(policy, batches, [], steps=1)
     with pytest.raises(ValueError, match="1 of 1 parameters to train are not the model's"):
         fit(policy, batches, [torch.nn.Parameter(torch.ones(1))], steps=1)
+    with pytest.raises(ValueError, match="steps=0 trains nothing: give at least 1"):
+        run(steps=0)
     with pytest.raises(ValueError, match="unknown schedule 'linear'"):
         run(schedule="linear")
     if not torch.cuda.is_available():
@@ -310,8 +383,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         for i, batch in enumerate(batches(start), start):
             yield {**batch, "observation": batch["observation"] * float("nan")} if i >= 9 else batch
 
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 10: lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 10: lower the learning rate or clip the gradient; the last checkpoint"):
         run(data=bad, folder=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"lower the learning rate or clip the gradient$"):
+        run(data=bad, folder=tmp_path / "new", checkpoint_every=20)
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "8"
 
 

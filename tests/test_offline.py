@@ -402,7 +402,7 @@ def test_another_critic_is_another_run(bank):
         (
             "train",
             ["task=walker/stand", "task.mirror=null", "critic=q"],
-            "the examples of a ControlTask, as task 'x', cannot be weighted: use a",
+            "examples of a ControlTask, as task 'x', cannot be weighted: use a",
         ),
         ("train", [*CRITIC, "critic=q"], "a critic learns from all transitions alike, these are weighted"),
         ("train", [*CRITIC, "model.objective=hj", "task.demonstrations=b.npz"], r"have no \['cost'\]: train it on a task of transitions"),

@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from skillbank.bank import Card, Where
 from skillbank.bank.query import field
 
-CARD = Card(kind="skill", hash="ab", files={}, metrics={"return": 512.5, "loss": {"final": 2}}, tags=("dmc", "Walker"), notes="It walks.")
+CARD = Card(
+    kind="skill",
+    hash="ab",
+    files={},
+    metrics={"return": 512.5, "loss": {"final": 2}},
+    tags=("dmc", "Walker"),
+    notes="It walks, 1234567.50.",
+    conf={"id": "007"},
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +32,13 @@ CARD = Card(kind="skill", hash="ab", files={}, metrics={"return": 512.5, "loss":
         ("tags ~ walker", True),
         ("notes ~ WALKS", True),
         ("metrics.return ~ 512", True),
+        ("notes ~ 1234567", True),
+        ("notes ~ '1234567.50'", True),
+        ("notes ~ 1e3", False),
+        ("conf.id ~ 007", True),
+        ("conf.id = '007'", True),
+        ('conf.id != "007"', False),
+        ("conf.id = 007", False),
         ("metrics.none < 1", False),
         ("metrics.none != 1", False),
         ("kind < 3", False),

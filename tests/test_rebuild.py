@@ -121,6 +121,13 @@ def test_on_the_command_line(bank, monkeypatch, capsys):
     bank.remove(ref)
 
 
+def test_parts_that_one_side_lacks_or_has_otherwise_differ():
+    stored = {"same": torch.ones(2), "gone": torch.ones(1), "dtype": torch.ones(2), "shape": torch.ones(2), "value": torch.ones(1)}
+    made = {"same": torch.ones(2), "new": torch.ones(1), "dtype": torch.ones(2).double(), "shape": torch.ones(2, 1), "value": torch.zeros(1)}
+    inf = float("inf")
+    assert recipe._apart(stored, made) == {"gone": inf, "new": inf, "dtype": inf, "shape": inf, "value": 1.0}
+
+
 def test_distance():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator)

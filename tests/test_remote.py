@@ -1,6 +1,7 @@
 """Push and pull: what arrives is byte-identical and verified, what is there stays, what differs is an error, what breaks goes on."""
 
 import logging
+import os
 import shutil
 import sys
 import uuid
@@ -10,6 +11,7 @@ import pytest
 
 from skillbank import cli
 from skillbank.bank import Bank, Ref, UnknownRef
+from skillbank.bank import index as indexing
 from skillbank.bank.remote import Remote
 from tests.test_bank import shipped, skill_of  # noqa: F401
 
@@ -131,13 +133,145 @@ def test_aliases_go_on_from_each_other_or_conflict(bank, url, tmp_path):
     bank.pull(url)
     assert bank.aliases("walker/walk") == {"best": 2}
     bank.alias("walker/walk", "best", 1)
-    other.alias("walker/walk", "good", 1)
+    for version in (None, 2):
+        other.alias("walker/walk", "best", version)
     bank.push(url)
     before = contents(other)
     for transfer in (other.push, other.pull):
         with pytest.raises(ValueError, match="alias 'best' of 'walker/walk' points at version 2 here and at version 1 there, and both were moved"):
             transfer(url)
     assert contents(other) == before
+
+
+def test_independent_moves_of_aliases_join(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    other.pull(url)
+    bank.alias("walker/walk", "first", 1)
+    bank.push(url)
+    other.alias("walker/walk", "second", 2, protect=True)
+    other.push(url)
+    other.alias("walker/walk", "second", 1, protect=False)
+    other.push(url)
+    for each in (bank, other):
+        each.pull(url)
+        assert each.aliases("walker/walk") == {"best": 1, "first": 1, "second": 1}
+        assert [move.alias for move in each.moves("walker/walk")] == ["best", "first", "second", "second"]
+    assert bank.push(url) == []
+
+
+def test_the_protection_of_an_alias_is_not_lost(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    other.pull(url)
+    other.alias("walker/walk", "best", 1, protect=True)
+    other.push(url)
+    for version in (1, None):
+        bank.alias("walker/walk", "tmp", version)
+    bank.push(url)
+    bank.pull(url)
+    assert [(move.alias, move.protected) for move in bank.moves("walker/walk")][1:] == [("best", True), ("tmp", False), ("tmp", False)]
+    for version in (2, 1):
+        bank.alias("walker/walk", "best", version, protect=False)
+    other.alias("walker/walk", "best", 2, protect=False)
+    other.alias("walker/walk", "best", 1, protect=True)
+    other.push(url)
+    with pytest.raises(ValueError, match="points at version 1 here and at version 1, protected, there, and both were moved"):
+        bank.push(url)
+
+
+def during(number, action):
+    """Call back a transfer once, before the version of this number goes."""
+    waiting = [action]
+    return lambda so_far, _: waiting.pop()() if so_far == number and waiting else None
+
+
+def test_what_appears_meanwhile_is_not_written_over(bank, url, tmp_path):
+    one, other = Bank(tmp_path / "one"), Bank(tmp_path / "other-bank")
+    for each, seed in ((one, 21), (other, 22)):
+        each.put(skill_of(20), "a/first")
+        each.put(skill_of(seed), "b/second")
+    with pytest.raises(ValueError, match="b/second@1 is another version here than there"):
+        one.push(url, "a/first", "b/second", done=during(1, lambda: other.push(url, "b/second")))
+    copy = Bank(tmp_path / "copy")
+    copy.pull(url)
+    assert copy.card("b/second") == other.card("b/second")
+    assert copy.verify() == []
+
+
+def test_an_alias_that_is_moved_meanwhile_stays(bank, url, tmp_path):
+    bank.push(url)
+    other = Bank(tmp_path / "other-bank")
+    other.pull(url)
+    bank.alias("walker/walk", "mine", 1)
+    other.alias("walker/walk", "theirs", 2, protect=True)
+    if url.startswith("hf:"):
+        with pytest.raises(ValueError, match="written to by somebody else meanwhile"):
+            bank.push(url, "walker/walk", done=during(1, lambda: other.push(url)))
+    bank.push(url, "walker/walk", done=during(1, lambda: other.push(url)))
+    other.pull(url)
+    assert other.aliases("walker/walk") == {"best": 1, "mine": 1, "theirs": 2}
+    assert other.moves("walker/walk")[1].protected
+
+
+def test_a_folder_that_is_swept_while_it_is_pushed_to(bank, tmp_path, monkeypatch):
+    there, real = Bank(tmp_path / "there"), os.fsync
+    there.put(skill_of(3), "other")
+    monkeypatch.setattr(os, "fsync", lambda handle: (there.gc(), real(handle)))
+    assert len(bank.push(str(there.root), "walker/stand")) == 1
+    monkeypatch.undo()
+    assert there.verify() == []
+    assert there.gc() == []
+    assert not list(there.root.rglob(".partial"))
+
+
+@pytest.mark.parametrize("rest", ["an empty folder", "half a version"])
+def test_the_rest_of_a_push_that_was_killed(bank, tmp_path, monkeypatch, rest):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    there = Bank(tmp_path / "there")
+    bank.push(str(there.root), "walker/walk@1")
+    (there.root / "walker/walk/2").mkdir()
+    there.list()
+    if rest == "half a version":
+        (there.root / "walker/walk/2/.partial").touch()
+        with pytest.raises(ValueError, match="walker/walk/2' is half a version, from a push that was not finished: finish it, or take"):
+            bank.push(str(there.root))
+        (there.root / "walker/walk/2/.partial").unlink()
+        shutil.copytree(bank.path("walker/walk@2"), there.root / "walker/walk/2", dirs_exist_ok=True)
+    bank.push(str(there.root))
+    assert Ref("walker/walk", 2) in [entry.ref for entry in there.list()]
+    assert there.verify() == []
+
+
+def test_a_version_that_was_removed_is_neither_pushed_nor_pulled(bank, tmp_path):
+    there = Bank(tmp_path / "there")
+    bank.push(str(there.root))
+    for one, other in ((there, bank), (bank, there)):
+        kept = shutil.copytree(one.root, tmp_path / f"kept-{one.root.name}")
+        one.remove("walker/run", force=True, reason="it limps")
+        elsewhere = Bank(f"file://{one.root}")
+        assert cards(elsewhere.list()) == cards(one.list())
+        with pytest.raises(UnknownRef, match=r"walker/run@1 was removed 20.*: it limps"):
+            elsewhere.get("walker/run@1")
+        transfer = {there: lambda: bank.push(str(there.root)), bank: lambda: bank.pull(str(there.root))}[one]
+        with pytest.raises(ValueError, match=r"walker/run@1 was removed 20.*: it limps; its number is not used again in Bank.*: name what else"):
+            transfer()
+        assert Ref("walker/run", 1) in [entry.ref for entry in other.list()]
+        shutil.rmtree(one.root)
+        kept.rename(one.root)
+
+
+def test_a_damaged_version_is_not_pushed(bank, url):
+    path = bank.path("walker/walk@2") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    message = r"walker/walk@2: adapter_model.safetensors does not match the hash in its card.*: it was not pushed; restore it from a copy"
+    with pytest.raises(ValueError, match=message):
+        bank.push(url)
+    assert Ref("walker/walk", 2) not in [entry.ref for entry in Bank(url if "://" in url else f"file://{url}").list()]
+    card = bank.path("walker/stand") / "card.json"
+    card.write_bytes(card.read_bytes().replace(b"base", b"bass", 1))
+    with pytest.raises(ValueError, match=r"walker/stand@1: card.json does not match its seal.*; restore it from a copy"):
+        bank.push(url)
 
 
 class Broken(Exception):  # noqa: N818
@@ -148,8 +282,8 @@ class Broken(Exception):  # noqa: N818
 @pytest.mark.parametrize("kind", ["file", "s3"])
 def test_an_interrupted_push_shows_no_half_and_goes_on(bank, request, monkeypatch, tmp_path, after, kind):
     url = str(tmp_path / "remote") if kind == "file" else f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}"
-    files = Remote(url).files
-    real, count = files.put_file, iter(range(100))
+    where, copy = (shutil, "copyfile") if kind == "file" else (Remote(url).files, "put_file")
+    real, count = getattr(where, copy), iter(range(100))
 
     def breaks(*arguments, **options):
         if next(count) == after:
@@ -157,7 +291,7 @@ def test_an_interrupted_push_shows_no_half_and_goes_on(bank, request, monkeypatc
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "put_file", breaks)
+        patch.setattr(where, copy, breaks)
         with pytest.raises(Broken):
             bank.push(url)
     there = Bank(tmp_path / "so-far")

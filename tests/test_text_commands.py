@@ -8,6 +8,7 @@ import torch
 
 import skillbank as sb
 from compose import compose
+from skillbank.recipe import task_of
 from tests.test_configs import composed
 from train import train
 
@@ -93,5 +94,26 @@ def test_bases_and_skills_are_made_again(home, monkeypatch):
     bank = sb.Bank("bank")
     for ref in ("base", "reverse"):
         assert sb.rebuild(ref, bank).equal
-    assert bank.card("reverse").conf["task"]["tokenizer"] == "base"
+    assert bank.card("reverse").conf["task"]["tokenizer"] == "base@1"
     assert bank.verify() == []
+
+
+def test_a_task_is_tied_to_the_bank_in_use_and_to_the_exact_base(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ANSWERS:
+        (tmp_path / f"{name}.jsonl").symlink_to(home / f"{name}.jsonl")
+    bank = sb.Bank("elsewhere")
+    bank.pull(str(home / "bank"), "reverse", "double")
+    card, base = bank.card("reverse"), bank.get("base@1")
+    older = {**card.conf, "task": {**card.conf["task"], "tokenizer": "base"}}
+    bank.put(bank.get("reverse"), "older", card={"conf": older, "base": "base@1"})
+    newer = {**base.model, "tokenizer": {**base.model["tokenizer"], "eos_token": "<pad>"}}
+    assert str(bank.put(sb.Base(newer, base.tensors), "base")) == "base@2"
+    for ref in ("reverse", "older"):
+        assert task_of(ref, bank).tokenizer.eos_token == "</s>"
+        assert sb.rebuild(ref, bank).equal
+    assert task_of("reverse", sb.Bank(f"file://{tmp_path}/elsewhere")).tokenizer.eos_token == "</s>"
+    gate = ["task.name=both", "task.data=double.jsonl", "skills=[reverse,double]", "gate=prototypes", "episodes=0"]
+    ref = compose(composed("compose", *FEW, *gate, "bank=elsewhere"))
+    assert bank.card(ref).conf["task"]["tokenizer"] == "reverse@1"
+    assert sb.rebuild(ref, bank).equal

@@ -142,10 +142,12 @@ def test_a_removed_version_is_gone_and_its_number_is_never_used_again(bank):
 
 
 def test_the_newest_number_is_not_reused_either(bank):
-    bank.remove("walker/both")
+    bank.remove("walker/both", reason="it limps")
     assert bank.versions("walker/both") == []
-    with pytest.raises(UnknownRef, match="no 'walker/both' in"):
-        bank.resolve("walker/both")
+    gone = "no 'walker/both' in .*: walker/both@1"
+    for ref, said in (("walker/both", gone), ("walker/both@1", "^walker/both@1"), ("walker/both@best", gone)):
+        with pytest.raises(UnknownRef, match=rf"{said} was removed 20.*: it limps"):
+            bank.resolve(ref)
     assert bank.put(skill_of(5), "walker/both", card={"base": "walker/stand"}) == Ref("walker/both", 2)
 
 
@@ -154,7 +156,7 @@ def test_a_changed_tombstone_is_named(bank):
     path = bank.root / "walker/both/1/tombstone.json"
     path.write_bytes(path.read_bytes().replace(b"composition", b"compositiom"))
     assert [str(problem) for problem in bank.verify()] == [
-        "walker/both@1: tombstone.json does not match its seal: it was changed after it was written"
+        "walker/both@1: tombstone.json does not match its seal: it was changed after it was written; restore it from a copy"
     ]
 
 
@@ -231,8 +233,17 @@ def test_tensors_that_do_not_fit_leave_no_file(tmp_path):
 def test_what_is_removed_while_it_is_read_was_removed(bank, monkeypatch):
     asked = bank.place.trusted
     monkeypatch.setattr(bank.place, "trusted", lambda ref: (bank.remove("walker/both"), asked(ref))[1])
-    with pytest.raises(UnknownRef, match=r"no 'walker/both' in Bank"):
+    with pytest.raises(UnknownRef, match=r"walker/both@1 was removed 20"):
         bank.get("walker/both")
+
+
+@pytest.mark.parametrize("where", ["folder", "elsewhere"])
+def test_what_is_removed_while_it_is_verified_is_no_problem(bank, where):
+    there = bank if where == "folder" else Bank(f"file://{bank.root}")
+    assert there.verify(done=lambda so_far, _: so_far or bank.remove("walker/both"), workers=1) == []
+    (bank.path("walker/gated") / "gate.safetensors").write_bytes(b"")
+    problems = there.verify(done=lambda so_far, _: so_far or bank.remove("walker/run", force=True), workers=1)
+    assert {problem.ref for problem in problems} == {"walker/gated@1"}
 
 
 def test_what_was_removed_while_it_is_put_gets_a_new_number(bank, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,30 +100,34 @@ def move(folder: Path, name: str, alias: str, version: int | None, *, expect: Ex
 
 
 def join(name: str, ours: Sequence[Move], theirs: Sequence[Move]) -> list[Move]:
-    """Moves of two banks as one history: the longer, where it goes on from the other.
+    """Moves of two banks as one history: theirs, and then ours that they do not have. Every alias is looked at for itself.
 
     Raises:
-        ValueError: both were moved since, to different places; the message names the first alias that differs.
+        ValueError: both moved an alias since, to different places, or protected on one side alone; the message names the first such alias.
 
     """
-    longer, shorter = (ours, theirs) if len(ours) >= len(theirs) else (theirs, ours)
-    here, there = ({alias: each.version for alias, each in table(moves).items()} for moves in (ours, theirs))
-    if list(longer[: len(shorter)]) == list(shorter) or here == there:
-        return list(longer)
-    alias = next(alias for alias in sorted({*here, *there}) if here.get(alias) != there.get(alias))
-    raise ValueError(
-        f"alias {alias!r} of {name!r} points at {_place(here.get(alias))} here and at {_place(there.get(alias))} there, and both were moved: "
-        "move it to one place on both sides"
-    )
+    new: list[int] = []
+    for alias in sorted({each.alias for each in ours}):
+        places = [i for i, each in enumerate(ours) if each.alias == alias]
+        here, there = [ours[i] for i in places], [each for each in theirs if each.alias == alias]
+        if here[: len(there)] == there:
+            new += places[len(there) :]
+        elif there[: len(here)] != here:
+            if _state(here[-1]) != _state(there[-1]):
+                raise ValueError(
+                    f"alias {alias!r} of {name!r} points at {_state(here[-1])} here and at {_state(there[-1])} there, and both were moved: "
+                    "move it to one place on both sides"
+                )
+            new += [i for i in places if ours[i] not in there]
+    return [*theirs, *(ours[i] for i in sorted(new))]
 
 
-def take(folder: Path, name: str, theirs: Sequence[Move]) -> None:
-    """Join the moves of another bank into the file of a name."""
+def take(folder: Path, joined: Callable[[list[Move]], list[Move]]) -> None:
+    """Join the moves of another bank into the file of a name, as the function says that gets those in it."""
     with locked(folder / ALIASES_LOCK):
-        ours = read_moves(folder)
-        joined = join(name, ours, theirs)
-        if joined != ours:
-            _write(folder, joined)
+        before = read_moves(folder)
+        if (after := joined(before)) != before:
+            _write(folder, after)
 
 
 def to_bytes(moves: Sequence[Move]) -> bytes:
@@ -144,6 +148,11 @@ def _write(folder: Path, moves: Sequence[Move]) -> None:
 
 def _place(version: Expected) -> str:
     return "nothing" if version is None else f"version {version}"
+
+
+def _state(last: Move) -> str:
+    """Where an alias points after its last move."""
+    return _place(last.version) + ", protected," * (last.protected and last.version is not None)
 
 
 def _is_move(entry: Any) -> bool:

@@ -43,7 +43,7 @@ def scan(folder: str | Path) -> Listing:
         inside = _names(entry.path)
         if _is_whole(inside):
             versions.append(number)
-        arriving |= PARTIAL_FILE in inside
+        arriving |= PARTIAL_FILE in inside or not inside
     return Listing(sorted(versions), sorted(deeper), arriving)
 
 

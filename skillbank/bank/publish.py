@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
-from skillbank.bank.layout import TEMPORARY, is_linked, numbers
+from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE, is_linked, numbers
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import file_digest, fsync, locked, made, rename, write_new
 
@@ -84,7 +84,7 @@ def arrive(root: Path, folder: Path, ref: Ref) -> None:
     """Rename a complete version from another bank to its own number; one with the same card may be there already.
 
     Raises:
-        ValueError: there is another version of that number.
+        ValueError: there is another version of that number, or was one, or half of one.
 
     """
     _flush(folder)
@@ -94,7 +94,12 @@ def arrive(root: Path, folder: Path, ref: Ref) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        same_version(ref, (target / CARD_FILE).read_bytes() if (target / CARD_FILE).exists() else b"", (folder / CARD_FILE).read_bytes())
+        if (target / TOMBSTONE_FILE).exists():
+            raise ValueError(f"{ref} was removed from {str(root)!r} meanwhile: put it there under another name") from None
+        card = (target / CARD_FILE).read_bytes() if (target / CARD_FILE).exists() else b""
+        if not card and (target / PARTIAL_FILE).exists():
+            raise ValueError(f"{str(target)!r} is half a version, from a push that was not finished: finish it, or take that folder away") from None
+        same_version(ref, card, (folder / CARD_FILE).read_bytes())
     fsync(target.parent)
 
 

@@ -32,7 +32,7 @@ class Where:
     Args:
         field: path in the card, such as `metrics.return` or `conf.lora.rank`.
         sign: `<`, `<=`, `>`, `>=`, `=` (also `==`), `!=`, or `~`: contains, whatever the case.
-        value: a number where it reads as one, otherwise text.
+        value: a number where it reads as one and is not quoted, otherwise text; `~` looks for text always.
 
     """
 
@@ -52,6 +52,8 @@ class Where:
         if match is None or not match["value"]:
             raise ValueError(f"{text!r} is no condition: give a field, one of {' '.join(_SIGNS)} and a value, such as 'metrics.return > 600'")
         value = match["value"].strip("'\"")
+        if match["sign"] == "~" or value != match["value"]:
+            return cls(match["field"], match["sign"], value)
         try:
             return cls(match["field"], match["sign"], float(value))
         except ValueError:
@@ -62,9 +64,7 @@ class Where:
         found = field(card, self.field)
         if found is None:
             return False
-        if self.sign == "~":
-            return _SIGNS["~"](found, f"{self.value:g}" if isinstance(self.value, float) else self.value)
-        alike = isinstance(found, int | float if isinstance(self.value, float) else str)
+        alike = self.sign == "~" or isinstance(found, int | float if isinstance(self.value, float) else str)
         return _SIGNS[self.sign](found, self.value) if alike else self.sign == "!="
 
 

@@ -10,7 +10,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,24 +107,35 @@ class BankReader:
         if isinstance(ref.version, int) and self.place.has(ref):
             return ref
         newest = self.place.newest(ref.name)
-        if newest is None:
-            raise UnknownRef(f"no {ref.name!r} in {self}: {did_you_mean(ref.name, (name for name, _ in self.names()))}")
-        if ref.version is None:
+        if ref.version is None and newest is not None:
             return Ref(ref.name, newest)
-        if isinstance(ref.version, str):
+        if isinstance(ref.version, str) and newest is not None:
             aliases = self.aliases(ref.name)
             if ref.version not in aliases:
                 raise UnknownRef(f"{ref.name!r} has no alias {ref.version!r} in {self}: {did_you_mean(ref.version, aliases)}")
             ref = Ref(ref.name, aliases[ref.version])
-        if not self.place.has(ref):
-            try:
-                stone = self.place.tombstone(ref)
-            except ValueError as error:
-                raise ValueError(f"{ref}: {TOMBSTONE_FILE} {error}") from None
-            if stone is not None:
-                raise UnknownRef(f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}")
-            raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, self.versions(ref.name)))}")
-        return ref
+            if self.place.has(ref):
+                return ref
+        if isinstance(ref.version, int) and (said := self.removed(ref)):
+            raise UnknownRef(said)
+        if newest is None:
+            gone = max((each.number for each in self.place.tombstones() if each.name == ref.name), default=None)
+            said = "" if gone is None else self.removed(Ref(ref.name, gone))
+            raise UnknownRef(f"no {ref.name!r} in {self}: {said or did_you_mean(ref.name, (name for name, _ in self.names()))}")
+        raise UnknownRef(f"{ref.name!r} has no version {ref.version} in {self}: there is {', '.join(map(str, self.versions(ref.name)))}")
+
+    def removed(self, ref: Ref) -> str:
+        """When a version was removed and why, in words; nothing where it was not.
+
+        Raises:
+            ValueError: its tombstone was changed.
+
+        """
+        try:
+            stone = self.place.tombstone(ref)
+        except ValueError as error:
+            raise ValueError(f"{ref}: {TOMBSTONE_FILE} {error}") from None
+        return f"{ref} was removed {stone['when']}{stone['reason'] and ': '}{stone['reason']}" if stone else ""
 
     def path(self, ref: str | Ref) -> Path:
         """Folder of a version, which PEFT can load."""
@@ -147,6 +158,7 @@ class BankReader:
         base: str | Ref | None = None,
         where: Iterable[str | Where] = (),
         text: str = "",
+        damaged: Callable[[str], object] | None = None,
     ) -> builtins.list[Entry]:
         """Every version that is asked for, by name and number.
 
@@ -156,6 +168,7 @@ class BankReader:
             base: reference of the base that it belongs to.
             where: conditions on the card that all hold, such as `metrics.return > 600`, see `Where`.
             text: what the card contains, anywhere, whatever the case.
+            damaged: told of every version whose card cannot be read, which then is left out; None makes it an error.
 
         Raises:
             ValueError: an unknown kind, a condition of another form, or a card that cannot be read among the names that are asked for.
@@ -172,7 +185,11 @@ class BankReader:
             found = [entry for entry in found if matches(entry.name)]
         for entry in found:
             if entry.problem:
-                raise ValueError(entry.problem)
+                said = f"{entry.problem}; `skillbank rm {entry.ref} --force` takes it away"
+                if damaged is None:
+                    raise ValueError(said)
+                damaged(said)
+        found = [entry for entry in found if not entry.problem]
         if kind is not None:
             found = [entry for entry in found if entry.kind == kind]
         if base is not None:

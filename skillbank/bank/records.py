@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from skillbank.bank.checkpoint import Checkpoint
-from skillbank.bank.sealed import canonical, read_object, write_new
+from skillbank.bank.sealed import read_object, write_object
 from skillbank.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ CHECKPOINT_FILE = "checkpoint.json"
 COMPOSITION_FILE = "composition.json"
 GATE_WEIGHTS = "gate.safetensors"
 _NET = "net."
+_LARGEST_CHECKPOINT = 2**28
+"""Bytes: a line per weight, and there are checkpoints of a million."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,15 +186,18 @@ def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapte
         parents: content hash of every reference that a composition names.
         adapter: options of `write_adapter`.
 
+    Raises:
+        ValueError: something that JSON has no word for, or more of it than can be read again.
+
     """
     from skillbank.adapter import unshared, write_adapter
     from skillbank.tensors import save_tensors
 
     if isinstance(thing, Base):
         save_tensors(folder / MODEL_WEIGHTS, unshared(thing.tensors), {"format": "pt"})
-        write_new(folder / MODEL_FILE, canonical(dict(thing.model), "the model's conf"))
+        write_object(folder / MODEL_FILE, dict(thing.model), "the model's conf")
     elif isinstance(thing, Checkpoint):
-        write_new(folder / CHECKPOINT_FILE, canonical(asdict(thing), "the checkpoint"))
+        write_object(folder / CHECKPOINT_FILE, asdict(thing), "the checkpoint", _LARGEST_CHECKPOINT)
     elif isinstance(thing, Composition):
         body = {
             "base": {"ref": thing.base, "hash": parents[thing.base]},
@@ -200,7 +205,7 @@ def write_payload(thing: Thing, folder: Path, parents: Mapping[str, str], adapte
             "merge": None if thing.merge is None else dict(thing.merge),
             "gate": None if thing.gate is None else dict(thing.gate),
         }
-        write_new(folder / COMPOSITION_FILE, canonical(body, "the composition"))
+        write_object(folder / COMPOSITION_FILE, body, "the composition")
         if thing.tensors:
             save_tensors(folder / GATE_WEIGHTS, unshared(thing.tensors), {"format": "pt"})
     else:
@@ -249,7 +254,7 @@ def _named(body: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
     try:
-        return Checkpoint(**read_object(folder / CHECKPOINT_FILE))
+        return Checkpoint(**read_object(folder / CHECKPOINT_FILE, _LARGEST_CHECKPOINT))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CHECKPOINT_FILE} is no checkpoint: {error}") from None
 

@@ -1,7 +1,8 @@
 """A bank elsewhere, in any place that fsspec can read: `s3://`, `gs://`, `hf://`, `memory://`, or a folder.
 
 It has the same folders and files. What is read of a version is copied to the user's cache folder first, every file checked against the card.
-What is written there becomes visible in one step: the last file comes last, and on the Hub all come in one commit.
+What is written there becomes visible in one step: the last file comes last, and on the Hub all come in one commit. A folder of this machine is
+written to as its own bank does, see `home`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import arrive, temporary
 from skillbank.bank.refs import Ref, is_name, parse_version
 from skillbank.bank.removal import parse_tombstone
-from skillbank.bank.sealed import file_digest, fsync, locked, write_new
+from skillbank.bank.sealed import file_digest, locked, write_new
 
 __all__ = ["Remote", "download"]
 
@@ -63,6 +64,13 @@ class Remote:
         """URL."""
         return self.url
 
+    @property
+    def home(self) -> Path | None:
+        """The folder, where it is one of this machine."""
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+        return Path(self.root or "/") if isinstance(self.files, LocalFileSystem) else None
+
     def names(self) -> Iterator[tuple[str, list[int]]]:
         """See `Place`."""
         if not self.exists():
@@ -93,8 +101,9 @@ class Remote:
 
     def has(self, ref: Ref) -> bool:
         """See `Place`."""
+        card, stone = (self.path(ref.name, str(ref.number), file) for file in (CARD_FILE, TOMBSTONE_FILE))
         with reaching(self.url):
-            return bool(self.files.exists(self.path(ref.name, str(ref.number), CARD_FILE)))
+            return bool(self.files.exists(card) and not self.files.exists(stone))
 
     def entries(self, *, cards: bool = False) -> list[Entry]:
         """See `Place`; the cards are always read."""
@@ -192,42 +201,35 @@ class Remote:
             self._put(self.path(path), files[path])
         beside = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
         self._put(beside, files[last])
-        self.flush(last.rpartition("/")[0])
         self.files.mv(beside, self.path(last))
         if first:
             self.files.rm_file(partial)
-        *folders, _ = last.split("/")
-        for count in range(len(folders), -1, -1):
-            self.flush(*folders[:count])
 
     def _put(self, path: str, data: Path | bytes) -> None:
         if isinstance(data, bytes):
             self.files.pipe_file(path, data)
         else:
             self.files.put_file(str(data), path)
-        if "file" in self.files.protocol:
-            fsync(Path(path))
-
-    def flush(self, *parts: str) -> None:
-        """Bring the entries of a folder down to the disk where it is one of this machine; elsewhere that is done when it is there."""
-        if "file" in self.files.protocol:
-            fsync(Path(self.path(*parts)))
 
     def path(self, *parts: str) -> str:
         """Path of a file."""
         return "/".join((self.root, *parts))
 
     def _holding(self, file: str, name: str = "", depth: int | None = None) -> Iterator[Ref]:
-        """Numbered folders, below a name or all, that hold a file of this name."""
+        """Numbered folders, below a name or all, that hold a file of this name; those of removed versions hold a tombstone alone."""
         try:
             with reaching(self.url):
                 paths = self.files.find(self.path(name).rstrip("/"), maxdepth=depth)
         except FileNotFoundError:
             return
+        inside: dict[str, set[str]] = defaultdict(set)
         for path in paths:
             folder, _, found = path.removeprefix(self.root).strip("/").rpartition("/")
+            inside[folder].add(found)
+        for folder, names in inside.items():
             above, _, number = folder.rpartition("/")
-            if found == file and is_name(above) and (version := parse_version(number)) is not None:
+            held = file in names and (file == TOMBSTONE_FILE or TOMBSTONE_FILE not in names)
+            if held and is_name(above) and (version := parse_version(number)) is not None:
                 yield Ref(above, version)
 
 

@@ -35,20 +35,25 @@ def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
 
 
 def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:
-    """Take a version away and leave a tombstone.
+    """Take a version away and leave a tombstone, which says nothing of kind and content where the card is damaged.
 
     Raises:
-        ValueError: other versions or aliases need it, and it was not forced.
+        ValueError: other versions or aliases need it, or the card of one that may is damaged, and it was not forced.
 
     """
-    needed = [str(each) for each in dependents(bank, ref)]
-    needed += [f"alias {alias!r}" for alias, number in bank.aliases(ref.name).items() if number == ref.number]
-    if needed and not force:
-        raise ValueError(f"{ref} is needed by {', '.join(needed[:5])}{' and others' if needed[5:] else ''}: remove these first, or force it")
+    if not force:
+        needed = [str(each) for each in dependents(bank, ref)]
+        needed += [f"alias {alias!r}" for alias, number in bank.aliases(ref.name).items() if number == ref.number]
+        if needed:
+            raise ValueError(f"{ref} is needed by {', '.join(needed[:5])}{' and others' if needed[5:] else ''}: remove these first, or force it")
     folder = bank.path(ref)
-    card = bank.card(ref)
+    try:
+        card = bank.card(ref)
+        kind, content = card.kind, card.hash
+    except ValueError:  # only where it is forced: otherwise the damage was named
+        kind = content = ""
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    body = {"format": _FORMAT, "kind": card.kind, "hash": card.hash, "reason": reason, "when": when}
+    body = {"format": _FORMAT, "kind": kind, "hash": content, "reason": reason, "when": when}
     with temporary(folder.parent) as beside:  # in the folder of the name, whose time stamp tells the index
         write_new(beside / TOMBSTONE_FILE, seal(body))
         fsync(beside / TOMBSTONE_FILE)
@@ -79,7 +84,14 @@ def parse_tombstone(data: bytes) -> dict[str, Any]:
 
 
 def gc(bank: Bank, *, dry_run: bool) -> list[Path]:
-    """Remove what interrupted writers and removers left behind; returns it. Writers that are still at it are left alone."""
+    """Remove what interrupted writers and removers left behind; returns it. Writers that are still at it are left alone.
+
+    Raises:
+        FileNotFoundError: there is no bank.
+
+    """
+    if not bank.root.is_dir():
+        raise FileNotFoundError(f"no bank at {str(bank.root)!r}: give the folder of a bank")
     left: list[Path] = []
     for here, folders, files in os.walk(bank.root):
         folder, before = Path(here), len(left)

@@ -16,7 +16,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["canonical", "file_digest", "fsync", "locked", "made", "read_object", "read_plain", "rename", "seal", "unseal", "write_new"]
+__all__ = [
+    "canonical",
+    "file_digest",
+    "fsync",
+    "locked",
+    "made",
+    "read_object",
+    "read_plain",
+    "rename",
+    "seal",
+    "unseal",
+    "write_new",
+    "write_object",
+]
 
 _LARGEST = 16 * 2**20
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -55,7 +68,7 @@ def unseal(data: bytes) -> dict[str, Any]:
         raise ValueError(f"has {len(data)} bytes, more than the {_LARGEST} that are read")
     seals = _SEAL.findall(data)
     if len(seals) != 1 or hashlib.sha256(_SEAL.sub(_BLANK, data)).hexdigest().encode() != seals[0]:
-        raise ValueError("does not match its seal: it was changed after it was written")
+        raise ValueError("does not match its seal: it was changed after it was written; restore it from a copy")
     try:
         body = _object(data)
         del body["seal"]
@@ -64,7 +77,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     return body
 
 
-def read_plain(path: Path) -> bytes:
+def read_plain(path: Path, largest: int = _LARGEST) -> bytes:
     """Bytes of a small file.
 
     Raises:
@@ -82,18 +95,18 @@ def read_plain(path: Path) -> bytes:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("is no plain file")
-        if found.st_size > _LARGEST:
-            raise ValueError(f"has {found.st_size} bytes, more than the {_LARGEST} that are read")
+        if found.st_size > largest:
+            raise ValueError(f"has {found.st_size} bytes, more than the {largest} that are read")
         with open(handle, "rb", closefd=False) as file:
             return file.read()
     finally:
         os.close(handle)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, largest: int = _LARGEST) -> dict[str, Any]:
     """Mapping in a JSON file; a ValueError names the file where it is none."""
     try:
-        return _object(read_plain(path))
+        return _object(read_plain(path, largest))
     except ValueError as error:
         raise ValueError(f"{path.name} {error}") from None
 
@@ -124,6 +137,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
+
+
+def write_object(path: Path, value: object, what: str, largest: int = _LARGEST) -> None:
+    """Write a mapping as a new JSON file; inverse of `read_object`.
+
+    Raises:
+        ValueError: a value that JSON has no word for, or more than can be read; the message calls it `what`.
+
+    """
+    if len(data := canonical(value, what)) > largest:
+        raise ValueError(f"{what} has {len(data)} bytes as JSON, more than the {largest} that are read of {path.name}: make it smaller")
+    write_new(path, data)
 
 
 def file_digest(path: Path) -> str:

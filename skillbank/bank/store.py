@@ -147,7 +147,8 @@ class Bank(BankReader):
 
         Raises:
             UnknownRef: no such version here.
-            ValueError: a version or an alias is another one there, or somebody else has written to the repository meanwhile.
+            ValueError: a version or an alias is another one there, a version is damaged here or was removed there, or somebody else has written to
+                the repository meanwhile.
             PermissionError: the user may not write to the repository.
             ConnectionError: the Hub cannot be reached.
 

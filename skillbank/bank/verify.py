@@ -63,7 +63,7 @@ def _with_affected(bank: BankReader, problems: list[Problem]) -> list[Problem]:
         for each in (Ref(name, number) for number in numbers):
             try:
                 card = bank.card(each)
-            except ValueError:
+            except (ValueError, KeyError):
                 continue
             for link in card.stands_on:
                 above.setdefault(link, []).append(str(each))
@@ -121,7 +121,15 @@ def _check_version(bank: BankReader, ref: Ref) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(str(ref), CARD_FILE, str(error).removeprefix(f"{ref}: {CARD_FILE} "))
         return
-    problems = list(check_files(bank.path(ref), ref, card))
+    except KeyError:  # removed since the bank was listed
+        return
+    try:
+        problems = list(check_files(bank.path(ref), ref, card))
+    except KeyError:
+        return
+    except (ValueError, FileNotFoundError) as error:  # of a bank elsewhere, where a file is missing or not what the card says
+        yield Problem(str(ref), CARD_FILE, f"names files that cannot be had: {error}")
+        return
     yield from problems
     yield from check_links(bank, ref, card)
     if not problems:

@@ -61,7 +61,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for programs.
 UrlArgument = Annotated[str, typer.Argument(help="A folder, or a URL that fsspec knows, such as s3://bucket/bank or hf://user/repo.")]
 RefArgument = Annotated[str, typer.Argument(help="A version: a name, or name@number, name@alias, @sha256:digits.", autocompletion=complete_ref)]
 RefsArgument = Annotated[list[str] | None, typer.Argument(help="Which versions; all without.", autocompletion=complete_ref)]
-_USER_ERRORS = (ValueError, UnknownRef, FileNotFoundError, FileExistsError, PermissionError, ConnectionError)
+_USER_ERRORS = (ValueError, UnknownRef, OSError, FloatingPointError)
 
 
 def user_errors(run: Callable[P, T]) -> Callable[P, T]:
@@ -87,6 +87,8 @@ def _message(error: Exception) -> str | None:
         return str(error.__cause__)
     if origin == "omegaconf":
         return str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
     return str(error) if isinstance(error, _USER_ERRORS) else None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from skillbank.bank import Bank, Ref
+from skillbank.bank import Bank, Card, Ref
 from skillbank.bank.card import KINDS, weighted
 from skillbank.bank.query import field
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, app, complete_ref
@@ -28,8 +28,8 @@ def list_(
     every: Annotated[bool, typer.Option("--all", help="Every version, not the newest of every name alone.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the newest version of every name that is asked for."""
-    entries = Bank(bank).list(kind, pattern, base=base, where=where or (), text=text)
+    """List the newest version of every name that is asked for; of one whose card is damaged a line on stderr tells."""
+    entries = Bank(bank).list(kind, pattern, base=base, where=where or (), text=text, damaged=lambda said: typer.echo(f"skillbank: {said}", err=True))
     if not every:
         entries = list({entry.ref.name: entry for entry in entries}.values())
     if sort is not None:
@@ -163,7 +163,7 @@ def diff(one: RefArgument, two: RefArgument, bank: BankOption = DEFAULT, json: J
 
     store = Bank(bank)
     things = [store.get(ref) for ref in (one, two)]
-    first, second = ({key: value for key, value in card_fields(store.card(ref)) if not key.startswith("tool ")} for ref in (one, two))
+    first, second = (_fields(store.card(ref)) for ref in (one, two))
     both = [thing for thing in things if isinstance(thing, Skill)]
     apart = {name: value for name, value in distance(*both).items() if value} if len(both) == 2 else {}
     fields = {key: [first.get(key), second.get(key)] for key in (*first, *second) if first.get(key) != second.get(key)}
@@ -176,6 +176,14 @@ def diff(one: RefArgument, two: RefArgument, bank: BankOption = DEFAULT, json: J
     print_one(table)
     if apart:
         print_parts("module", apart)
+
+
+def _fields(card: Card) -> dict[str, str]:
+    """What a card says by label, without tools; all its parents in one."""
+    found: dict[str, str] = {}
+    for key, value in card_fields(card):
+        found[key] = f"{found[key]}, {value}" if key in found else value
+    return {key: value for key, value in found.items() if not key.startswith("tool ")}
 
 
 @app.command("rebuild")

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from skillbank.bank import Bank, Checkpoint
+from skillbank.bank import Bank, Checkpoint, UnknownRef
 from skillbank.bank.aliases import ANY, Expected
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, RefsArgument, UrlArgument, app, complete_ref
 from skillbank.display import answer, new_table, print_certificate, print_json, print_one, progress
+from skillbank.words import did_you_mean
 
 __all__ = ["alias", "base", "clone", "discover", "export", "gc", "import_", "merge", "pull", "push", "rm"]
 
@@ -31,6 +32,8 @@ def alias(
     store = Bank(bank)
     exact = store.resolve(ref)
     expected: Expected = ANY if expect is None else expect or None
+    if delete and alias not in (known := store.aliases(exact.name)):
+        raise UnknownRef(f"{exact.name!r} has no alias {alias!r} in {store}: {did_you_mean(alias, known)}")
     now = store.alias(exact.name, alias, None if delete else exact.number, expect=expected, protect=protect)
     value = {"name": exact.name, "alias": alias, "ref": None if now is None else str(now)}
     answer(json, value, f"{exact.name}@{alias} is {'taken away' if now is None else now}")

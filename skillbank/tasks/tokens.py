@@ -46,7 +46,7 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
     bank = bank if isinstance(bank, Bank) else Bank(bank)
     try:
         exact = bank.resolve(where)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, FileNotFoundError):
         exact = None
     if exact is not None:
         base = bank.get(bank.base_of([exact]))
@@ -59,9 +59,7 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"no tokenizer {where!r}: there is no such folder, no such version in {str(bank.root)!r}, and the Hub says: {reason}"
-        ) from None
+        raise ValueError(f"no tokenizer {where!r}: there is no such folder, no such version in {bank}, and the Hub says: {reason}") from None
 
 
 def asked(tokenizer: Any, record: Record) -> list[int]:
