@@ -199,6 +199,25 @@ def test_prompts_of_other_lengths_go_on_as_they_do_alone(path, tokens):
         torch.testing.assert_close(model.context(answered), expected)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_without_a_padding_token_rows_are_filled_with_the_first_of_several_ends(given):
+    model = text(net_of("llama"))
+    said = model.predict(BATCH)
+    first, end = said[0, 1:3].tolist()
+    assert first != end
+    config = model.net.generation_config
+    config.eos_token_id, config.pad_token_id = ([end + 1, 0], None) if given else ([first, end], None)
+    model.generation.pop("pad_token_id")
+    model.generation.pop("eos_token_id")
+    if given:
+        model.generation["eos_token_id"] = [first, end]
+    filled = model.predict(BATCH)
+    for row, whole in zip(filled.tolist(), said.tolist(), strict=True):
+        over = min((i for i, token in enumerate(whole) if token in (first, end)), default=NEW)
+        assert row == whole[: over + 1] + [first] * (NEW - over - 1)
+    assert filled[0].tolist() == said[0, :2].tolist() + [first] * (NEW - 2)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_loss_is_that_of_transformers_row_by_row(kind):
     model = text(net_of(kind))

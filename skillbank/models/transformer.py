@@ -157,7 +157,8 @@ class CausalLM(Pretrained):
         order = mask.long().argsort(dim=1, stable=True)[:, -longest:]  # padding first
         ids, mask = batch["input_ids"].gather(1, order), mask.gather(1, order).long()
         config = self.net.generation_config
-        given = [self.generation.get("pad_token_id"), config.pad_token_id, config.eos_token_id, 0]
+        ends = self.generation.get("eos_token_id", config.eos_token_id)
+        given = [self.generation.get("pad_token_id"), config.pad_token_id, *(ends if isinstance(ends, list) else [ends]), 0]
         pad = next(value for value in given if isinstance(value, int))
         self._looks_at, self._saw = {"input_ids": ids, "attention_mask": mask}, None
         options = {**self.generation, "pad_token_id": pad, "max_new_tokens": new}
