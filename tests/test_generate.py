@@ -280,7 +280,8 @@ def test_skills_of_a_transformer_that_train_at_once_are_those_that_train_alone()
         assert max(float(skill.delta(name).abs().max()) for name in skill) > 1e-3
 
 
-def test_many_versions_in_one_batch_say_what_each_says_alone(tmp_path):
+@pytest.fixture
+def bank(tmp_path):
     bank = Bank(tmp_path)
     config = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -296,13 +297,29 @@ def test_many_versions_in_one_batch_say_what_each_says_alone(tmp_path):
     gate = MLPGate(16, 2)
     nn.init.normal_(gate.head.weight, std=3.0)
     gate_conf = {"_target_": "skillbank.MLPGate", "context_dim": 16, "skills": 2}
-    bank.put(Composition("base", ("skill-0", "skill-2"), gate=gate_conf, tensors=gate.state_dict()), "gated")
-    refs = ["gated", "skill-1", "base", "gated"]
+    for name, view in {"gated": {}, "plain": {"tokens": False, "layer": None}, "tokens": {"tokens": True}, "layer": {"layer": 1}}.items():
+        bank.put(Composition("base", ("skill-0", "skill-2"), gate={**gate_conf, "view": view}, tensors=gate.state_dict()), name)
+    bank.put(Composition("base", ("skill-0", "skill-2"), gate={**gate_conf, "_target_": "skillbank.routers.Arrow"}), "arrow")
+    return bank
+
+
+def test_many_versions_in_one_batch_say_what_each_says_alone(bank):
+    refs = ["gated", "skill-1", "base", "plain"]
     found = Server("base", bank, slots=2, rank=2).predict(BATCH, refs, seeds=[5, 6, 7, 5])
     for i, ref in enumerate(refs):
         model = load(ref, bank)
         torch.manual_seed([5, 6, 7, 5][i])
         assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), found[i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("ref", "why"), [("tokens", "sees {'tokens': True}"), ("layer", "sees {'layer': 1}"), ("arrow", "weights every token or layer by itself")]
+)
+def test_a_gate_that_cannot_share_a_batch_is_refused_by_name(bank, ref, why):
+    server = Server("base", bank, slots=2, rank=2)
+    with pytest.raises(ValueError, match=f"the gate of '{ref}@1' {why}, so its rows cannot share a batch with others: load this version by itself"):
+        server.predict(BATCH, [ref, "base", "base", "base"])
+    assert load(ref, bank).predict(BATCH).shape == (4, NEW)
 
 
 def test_beams_that_were_not_announced_are_refused():

@@ -185,6 +185,9 @@ def test_a_checkpoint_in_the_bank_is_a_base(tmp_path):
     bank.put(sb.read(base.net), "one", card={"base": "llama"})
     loaded = sb.load("one", bank)
     torch.testing.assert_close(loaded.losses(batch), base.eval().losses(batch), rtol=1e-5, atol=1e-6)
+    server, asks = sb.Server("llama", bank, slots=1, rank=2), {key: batch[key][:2, :3] for key in ("input_ids", "attention_mask")}
+    alone = torch.cat([sb.load(ref, bank).predict(asks, max_new_tokens=3)[:1] for ref in ("one", "llama")])
+    assert torch.equal(server.predict({key: value[:1].expand(2, -1) for key, value in asks.items()}, ["one", "llama"], max_new_tokens=3), alone)
     assert task(tokenizer="one", bank=bank).tokenizer("ab").input_ids == made.tokenizer("ab").input_ids
 
 
