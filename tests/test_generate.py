@@ -231,6 +231,23 @@ def test_the_loss_is_that_of_transformers_row_by_row(kind):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_padding_on_the_left_changes_no_loss(kind):
+    model, ids, lengths = text(net_of(kind), layer=1), BATCH["input_ids"], [5, 2, 4, 3]
+    compiled = text(net_of(kind))
+    torch._dynamo.reset()
+    compiled.net.compile(backend="eager", fullgraph=True, dynamic=False)
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(LENGTH) == 2), -100)
+    for right in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, "attention_mask": mask, "labels": labels}):
+        left = {key: torch.stack([row.roll(LENGTH - n) for row, n in zip(value, lengths, strict=True)]) for key, value in right.items()}
+        alone = [model.losses({key: value[i : i + 1, :n] for key, value in right.items()}) for i, n in enumerate(lengths)]
+        for found in (model.losses(right), model.losses(left), compiled.losses(left)):
+            torch.testing.assert_close(found, torch.cat(alone), rtol=1e-6, atol=0)
+        torch.testing.assert_close(model.context(left), model.context(right))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("path", ["reference", "fused", "slots"])
 def test_a_compiled_net_goes_on_with_other_weights(path, tokens):

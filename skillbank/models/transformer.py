@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, N new tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -90,6 +91,8 @@ class CausalLM(Pretrained):
         targets = labels[:, 1:]
         if "segments" in batch:  # nothing comes before the first token of an example
             targets = targets.masked_fill(batch["segments"][:, 1:] != batch["segments"][:, :-1], IGNORED)
+        elif "attention_mask" in batch:  # nor before that of a row
+            targets = targets.masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORED)
         each = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         if "segments" not in batch:
             return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
@@ -135,7 +138,12 @@ class CausalLM(Pretrained):
 
     def _alone(self, batch: Batch) -> dict[str, Tensor]:
         """What makes the net see rows without their padding, and examples apart."""
-        return {"attention_mask": _mask(batch)} if "segments" not in batch else _apart(batch["segments"], self.net.dtype)
+        if "segments" in batch:
+            return _apart(batch["segments"], self.net.dtype)
+        mask = _mask(batch)
+        if "attention_mask" not in batch or "position_ids" not in inspect.signature(self.net.forward).parameters:
+            return {"attention_mask": mask}
+        return {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}  # as `generate` counts
 
     @torch.no_grad()
     def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
