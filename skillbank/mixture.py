@@ -156,7 +156,9 @@ class Mixed(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: Batch) -> Tensor:
-        """Context of the base model."""
+        """Context of the base model, whose net runs as the base where it has to."""
+        if getattr(self.model, "within", False):
+            self._blank(len(next(iter(batch.values()))))
         return self.model.context(batch)
 
     @torch.no_grad()
@@ -177,6 +179,11 @@ class Mixed(nn.Module):
     def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         """Set the mixture's weights for a batch."""
         raise NotImplementedError
+
+    def _blank(self, rows: int) -> None:
+        """Set all weights to 0: the base by itself, on so many rows."""
+        parameter = next(self.model.parameters())
+        self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
 
 def see(model: nn.Module, view: Mapping[str, Any]) -> None:
@@ -244,9 +251,7 @@ class Composed(Mixed):
 
     def weights(self, batch: Batch) -> Weights:
         """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch; by module where layers weight by themselves, once they ran."""
-        if getattr(self.model, "within", False):  # its net runs for the context, as the base
-            self._blank(len(next(iter(batch.values()))))
-        return self.gate(self.model.context(batch))
+        return self.gate(self.context(batch))
 
     @torch.no_grad()
     def shown(self, batch: Batch) -> NDArray[np.float32]:
@@ -284,11 +289,6 @@ class Composed(Mixed):
 
     def _every_pass(self) -> AbstractContextManager[None]:
         return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)), self._blank)
-
-    def _blank(self, rows: int) -> None:
-        """Set all weights to 0: the base by itself, on so many rows."""
-        parameter = next(self.model.parameters())
-        self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
     def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         return self._set(self.weights(batch), repeats)

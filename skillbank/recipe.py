@@ -148,19 +148,19 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
         return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, model, task, folder)
     assert gate is not None
-    see(model, gate.get("view") or {})
+    see(model.eval(), gate.get("view") or {})
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
         network.standardise(torch.cat([model.context(batch).flatten(0, -2) for batch in islice(batches(0), 40)]))
     if online["steps"]:
         _online().check_online(network, task)
-    mixture = Mixture(model.net, skills)
-    fuse(model.net, mixture)
-    composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     data = task.data
     if isinstance(network, Prototypes):
         data = _place(network, model, [_task(bank.card(ref).conf) for ref in refs], conf)
+    mixture = Mixture(model.net, skills)
+    fuse(model.net, mixture)
+    composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     if (params := list(network.parameters())) and conf["fit"]["steps"]:
         metrics |= _fit(composed, params, conf, name, task, folder if resume else None)
     if online["steps"]:

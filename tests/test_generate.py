@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from skillbank import Bank, Base, Composed, Composition, MLPGate, Routes, Server, Skill, Slots, Together, TopK, check_model, fit, fresh, load, read
 from skillbank.layers import is_linear
+from skillbank.learn import Weighted
 from skillbank.mixture import Mixture
 from skillbank.models.transformer import CausalLM
 from skillbank.runtime.fused import fuse
@@ -175,6 +176,16 @@ def test_the_net_by_itself_runs_under_the_gate_while_it_is_live(kind, view):
     loss = model({"input_ids": ids})
     assert view or torch.allclose(loss, nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     assert not model.net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("path", ["reference", "fused", "slots"])
+def test_the_context_behind_a_block_is_the_base_whatever_ran_before(path):
+    model, expected = composed("llama", path, layer=1), text(net_of("llama"), layer=1).context(BATCH)
+    for _ in range(2):
+        torch.testing.assert_close(model.context(BATCH), expected, rtol=1e-12, atol=1e-14)
+        model.predict(BATCH)
+    weighted = Weighted(text(net_of("llama"), layer=1), skills_of(net_of("llama"), 2))
+    torch.testing.assert_close(weighted.context(BATCH), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_a_gate_looks_after_a_block_that_there_is():

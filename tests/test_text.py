@@ -95,12 +95,14 @@ def test_packed_examples_do_not_see_each_other(kind):
     alone, rows = model.losses(rows_of(examples, tokenizer)), packed(examples, 64, tokenizer)
     assert len(rows["input_ids"]) < len(examples)
     torch.testing.assert_close(model.losses(rows).sort().values, alone.sort().values, rtol=1e-12, atol=1e-12)
-    context = model.context(rows)
+    context, unlabelled = model.context(rows), model.context({key: rows[key] for key in ("input_ids", "segments")})
     for row, segments in enumerate(rows["segments"]):
         for segment in range(1, int(segments.max()) + 1):
             itself = segments == segment
             by_itself = model.context({key: rows[key][row : row + 1, itself] for key in ("input_ids", "labels")})
             torch.testing.assert_close(context[row, itself], by_itself.expand(int(itself.sum()), -1), rtol=1e-12, atol=1e-12)
+            every = model.context({"input_ids": rows["input_ids"][row : row + 1, itself]})
+            torch.testing.assert_close(unlabelled[row, itself], every.expand(int(itself.sum()), -1), rtol=1e-12, atol=1e-12)
 
 
 def test_every_example_is_drawn_once_before_any_is_again():

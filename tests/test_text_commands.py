@@ -43,6 +43,7 @@ def home(tmp_path_factory):
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={layer:1}"]),
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.k=1", "gate.init=uniform"]),
         ("prototypes", "Prototypes", ["gate.k=1"]),
+        ("prototypes", "Prototypes", ["gate.view={layer:1}"]),
         ("arrow", "Arrow", ["gate.k=1"]),
         ("constant", "ConstantGate", []),
     ],

@@ -122,7 +122,7 @@ class CausalLM(Pretrained):
             return hidden
         if "segments" in batch:
             same = _same(batch["segments"])
-            asked = same & (batch["labels"] == IGNORED)[:, None]
+            asked = same & (batch["labels"] == IGNORED)[:, None] if "labels" in batch else same
             seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(hidden.dtype)
             return seen @ hidden / seen.sum(-1, keepdim=True)
         return mean_over(prompt_mask(batch), hidden)
