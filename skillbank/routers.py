@@ -62,7 +62,8 @@ class Prototypes(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D); they sum to 1."""
-        distance = torch.cdist((context / self.deviation).flatten(0, -2), self.places / self.deviation)
+        rows, places = (context / self.deviation).flatten(0, -2), self.places / self.deviation
+        distance = torch.cdist(rows, places, compute_mode="donot_use_mm_for_euclid_dist")  # a product of many rows would cancel
         return _shares(-distance.square().unflatten(0, context.shape[:-1]) / 2, self.k, self.temperature)
 
 

@@ -109,6 +109,18 @@ def test_the_nearest_prototype_is_the_likeliest():
     torch.testing.assert_close(two.sum(-1), torch.ones(2, 7, dtype=torch.float64))
 
 
+def test_weights_by_prototypes_do_not_depend_on_the_rows_beside_them():
+    """Nor on how far all contexts are from 0."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [300 + shift + torch.randn(200, 64, generator=generator) for shift in (0, 0.5)]
+    gate = Prototypes(64, 2)
+    gate.place(samples)
+    rows = torch.cat([sample[:40] for sample in samples])
+    together = gate(rows)
+    assert torch.equal(together, torch.cat([gate(row) for row in rows.split(1)]))
+    torch.testing.assert_close(together, copy.deepcopy(gate).double()(rows.double()).float(), rtol=0, atol=1e-4)
+
+
 def test_prototypes_route_observations_to_their_skill():
     """Nothing about them is of language."""
     policy = tiny_policy()
