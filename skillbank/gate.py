@@ -209,6 +209,10 @@ class Routes:
         """Weights (B, K) or (B, T, K) of all K skills, 0 where a row does not name one."""
         return self.weights.new_zeros(*self.index.shape[:-1], count).scatter_add(-1, self.index, self.weights)
 
+    def detach(self) -> Routes:
+        """The same without a gradient."""
+        return Routes(self.index, self.weights.detach())
+
     def repeat(self, repeats: int) -> Routes:
         """Every row `repeats` times, next to each other."""
         return Routes(self.index.repeat_interleave(repeats, 0), self.weights.repeat_interleave(repeats, 0))

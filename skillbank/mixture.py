@@ -48,6 +48,10 @@ class Cell:
         self.made: dict[Any, Any] = {}
         """What the fast paths make of these weights, so that they make it once."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy: the last weights as numbers, without the gate behind them."""
+        return {**self.__dict__, "weights": _detached(self.weights), "made": {}}
+
     def of(self, name: str, rows: int) -> Tensor | Routes:
         """Weights of a module that runs on this many rows: one for each, or fewer by the number of repeats.
 
@@ -106,6 +110,12 @@ class Cell:
         if shape[0] > len(routes.index):
             routes = routes.repeat(self.repeats)
         return Routes(routes.index.flatten(0, -2), routes.weights.flatten(0, -2))
+
+
+def _detached(weights: Weights | None) -> Weights | None:
+    if isinstance(weights, Mapping):
+        return {name: each.detach() for name, each in weights.items()}
+    return weights.detach() if isinstance(weights, Tensor | Routes) else None
 
 
 def _other_tokens(name: str, shape: torch.Size, weights: Tensor) -> str:

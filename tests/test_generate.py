@@ -378,6 +378,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(path):
     assert any(grad.abs().sum() > 0 for grad in found[0])
 
 
+@pytest.mark.parametrize("path", ["reference", "fused", "routes", "slots"])
+@pytest.mark.parametrize("view", [{}, {"tokens": True}, {"layer": 1}])
+def test_a_composition_that_trains_can_be_copied(path, view):
+    model = composed("llama", path, **view)
+    model(BATCH).backward()
+    other = copy.deepcopy(model)
+    assert torch.equal(other(BATCH), model(BATCH))
+    head = (model.gate.gate if path in ("routes", "slots") else model.gate).head
+    with torch.no_grad():
+        head.weight.zero_()
+    assert not torch.equal(other(BATCH), model(BATCH))
+
+
 def test_a_copy_of_a_net_with_slots_has_slots_of_its_own():
     model = composed("llama", "slots")
     other = copy.deepcopy(model)
