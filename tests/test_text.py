@@ -13,7 +13,7 @@ import skillbank as sb
 from skillbank.model import check_model
 from skillbank.models.transformer import CausalLM
 from skillbank.tasks.records import read_records
-from skillbank.tasks.text import TextTask, complete, packed, rows_of
+from skillbank.tasks.text import TextTask, answer_of, complete, packed, rows_of
 from skillbank.tasks.tokens import asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept, restored
 from tests.tiny import close
@@ -135,6 +135,11 @@ def test_training_and_answers():
     assert together == [record["completion"] for record in RECORDS[:4]]
     assert [complete(model, tokenizer=made.tokenizer, asks=[prompt], max_new_tokens=13)[0] for prompt in prompts] == together
     assert made.evaluate(model, episodes=2)["examples"] == 2.0
+    made.test = [{**RECORDS[0], "text": "from a book"}, {**RECORDS[1], "completion": "abc"}, {"text": "abc", "completion": "z"}]
+    found = made.evaluate(model)  # of the two that ask something one is right
+    assert (found["exact"], found["examples"]) == (0.5, 3.0)
+    made.test = made.test[2:]
+    assert set(made.evaluate(model)) == {"loss", "examples"}
 
 
 def test_packed_rows_train_what_rows_train():
@@ -220,6 +225,15 @@ def test_exports_say_the_same_in_transformers_and_peft(tmp_path, kind):
         close(peft.PeftModel.from_pretrained(sb.load("base", bank).net, tmp_path / ref)(ids).logits, expected)
 
 
+def test_the_first_kind_that_fits_is_what_a_record_is():
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.chat_template = TEMPLATE
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert said(tokenizer, encoded(tokenizer, {"text": "abc", "completion": "z"}).ids) == "abc</s>"
+    assert said(tokenizer, encoded(tokenizer, {"messages": turns, "completion": "z"}).ids) == "<user>a</s><assistant>b</s>"
+    assert [answer_of(record) for record in ({"messages": turns, "completion": "z"}, {"prompt": "p", "completion": "c", "text": "t"})] == ["b", "c"]
+
+
 LINES = {
     "line 2 is no JSON": '{"text": "a"}\n{',
     r"record 0: it has \['a'\]: give prompt and completion, messages or text, or say with columns": '{"a": "b"}',
@@ -251,6 +265,13 @@ def test_records_from_everywhere(tmp_path):
     renamed = [{"question": record["prompt"], "answer": record["completion"], "id": 1} for record in RECORDS]
     assert read_records(renamed, {"prompt": "question", "completion": "answer"}) == [{**record, "id": 1} for record in RECORDS]
     assert task(renamed, columns={"prompt": "question", "completion": "answer"}).data == task().data
+    for row in ({"question": "q", "prompt": "p", "completion": "c"}, {"prompt": "p", "question": "q", "completion": "c"}):
+        assert read_records([row], {"prompt": "question"}) == [{"prompt": "q", "completion": "c"}]
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert read_records([{"prompt": "a", "completion": "b"}], swapped) == [{"prompt": "b", "completion": "a"}]
+    lines = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in lines), encoding="utf-8", newline="")
+    assert read_records(tmp_path / "b.jsonl") == lines
     with pytest.raises(FileNotFoundError, match=r"there are no examples at 'nowhere.jsonl': give a .jsonl, .json or .parquet file"):
         read_records("nowhere.jsonl")
     (tmp_path / "a.csv").write_text("a")

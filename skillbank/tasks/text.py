@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillbank.bank import Bank
 from skillbank.model import Batch, Batches, Model, Recorded, evaluating, on, shown
-from skillbank.tasks.records import KINDS, Record, digest_of, read_records
+from skillbank.tasks.records import KINDS, Record, digest_of, kind_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept
 
@@ -149,7 +149,7 @@ class TextTask:
 
     @torch.no_grad()
     def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
-        """Share of records that are answered exactly (blanks at both ends aside), their loss, and their number.
+        """Share of records that are answered exactly (blanks at both ends aside), of those that ask something; the loss and the number of all.
 
         Args:
             model: that answers.
@@ -157,7 +157,7 @@ class TextTask:
             episodes: take the first this many; None takes all.
 
         Raises:
-            ValueError: there are no records to evaluate, or those are plain text, which asks nothing.
+            ValueError: there are no records to evaluate.
 
         """
         records = self.test[:episodes]
@@ -174,10 +174,11 @@ class TextTask:
 
     def _share(self, model: Model, records: Sequence[Record]) -> dict[str, float]:
         """Share of records that a model gets right, by the name of the metric; nothing where there is no right or wrong."""
-        if "text" in records[0]:
+        asking = [record for record in records if kind_of(record) != ("text",)]
+        if not asking:
             return {}
-        answers = self.answers(model, records)
-        return {"exact": sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, records, strict=True)) / len(records)}
+        answers = self.answers(model, asking)
+        return {"exact": sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, asking, strict=True)) / len(asking)}
 
     def by(self, key: str) -> dict[str, TextTask]:
         """Tasks that evaluate the records with the same value of a key, by that value.
@@ -231,7 +232,7 @@ class TextTask:
 
 def answer_of(record: Record) -> str:
     """What a record wants to hear."""
-    if "completion" in record:
+    if kind_of(record) == ("prompt", "completion"):
         return str(record["completion"])
     return str(next(turn["content"] for turn in reversed(record["messages"]) if turn["role"] == "assistant"))
 
