@@ -142,6 +142,15 @@ def test_training_and_answers():
     assert set(made.evaluate(model)) == {"loss", "examples"}
 
 
+def test_answers_are_as_long_as_the_net_can_take_with_their_own_prompts():
+    records = [{"prompt": "a" * 50, "completion": "b"}, {"prompt": "c", "completion": "d" * 50}, {"prompt": "e" * 9, "completion": "f" * 9}]
+    made, model = task(records, test=records, length=1024), model_of()  # which takes 64 tokens
+    assert made.evaluate(model)["exact"] == 0
+    answers = made.answers(model, records)
+    for answer, record in zip(answers, records, strict=True):
+        assert [answer] == complete(model, [record["prompt"]], tokenizer=made.tokenizer, max_new_tokens=len(record["completion"]) + 1)
+
+
 def test_packed_rows_train_what_rows_train():
     losses = []
     for pack in (False, True):

@@ -197,10 +197,14 @@ class TextTask:
         return groups
 
     def answers(self, model: Model, records: Sequence[Record], *, batch_size: int = 64) -> list[str]:
-        """What the model says to each record's prompt, as long as the longest right answer at most."""
-        new = max(len(self.tokenizer(answer_of(record), add_special_tokens=False).input_ids) for record in records) + 1
-        asks = [asked(self.tokenizer, record) for record in records]
-        return complete(model, asks, tokenizer=self.tokenizer, batch_size=batch_size, max_new_tokens=new)
+        """What the model says to each record's prompt, as long as the longest right answer of those asked at once, and its end, at most."""
+        new = [len(self.tokenizer(answer_of(record), add_special_tokens=False).input_ids) + 1 for record in records]
+        asks, found = [asked(self.tokenizer, record) for record in records], [""] * len(records)
+        for some in _groups([max(len(ask), 1) for ask in asks], new):
+            options = {"tokenizer": self.tokenizer, "batch_size": batch_size, "max_new_tokens": max(new[i] for i in some)}
+            for i, said in zip(some, complete(model, [asks[i] for i in some], **options), strict=True):
+                found[i] = said
+        return found
 
     def record(self, model: Model) -> Recorded:
         """Weights that a gate gives for the records that evaluate, at most 100 of them, (E, K); for tokens, their mean."""
@@ -235,6 +239,19 @@ def answer_of(record: Record) -> str:
     if kind_of(record) == ("prompt", "completion"):
         return str(record["completion"])
     return str(next(turn["content"] for turn in reversed(record["messages"]) if turn["role"] == "assistant"))
+
+
+def _groups(prompts: Sequence[int], answers: Sequence[int]) -> Iterator[list[int]]:
+    """Records in groups whose longest prompt and longest answer are together no longer than one record by itself is at most."""
+    longest = max(map(sum, zip(prompts, answers, strict=True)))
+    some, prompt = list[int](), 0
+    for i in sorted(range(len(prompts)), key=lambda i: answers[i]):
+        prompt = max(prompt, prompts[i])
+        if prompt + answers[i] > longest:
+            yield some
+            some, prompt = [], prompts[i]
+        some.append(i)
+    yield some
 
 
 def rows_of(examples: Sequence[Encoded], tokenizer: Any) -> dict[str, Tensor]:
