@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skillbank.attach import attach, channel_layers, mark
 from skillbank.gate import Routes
-from skillbank.model import Batch, ModelModule
+from skillbank.model import Batch, ModelModule, no_padding
 from skillbank.skill import Skill, stack
 
 __all__ = ["Cell", "Composed", "Mixed", "Mixture", "OnNet", "Weights", "every_pass", "see"]
@@ -196,6 +196,16 @@ class Mixed(nn.Module):
         self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
 
+def _by_row(weights: Tensor, batch: Batch) -> Tensor:
+    """Weights (B, K), of those per token (B, T, K) the mean over what is no padding."""
+    mask = no_padding(batch)
+    if weights.dim() == 2:
+        return weights
+    if mask is None or mask.shape != weights.shape[:2]:
+        return weights.flatten(1, -2).mean(1)
+    return (weights * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def see(model: nn.Module, view: Mapping[str, Any]) -> None:
     """Let a model give the context that a gate wants to see.
 
@@ -228,7 +238,8 @@ class Composed(Mixed):
         gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K), or `Routes`.
         skills: K skills in the gate's order, or what has them on the net already.
         regulariser: added to the loss. `none`; `mean` pulls the batch mean of all weights to 1 / K; `code` is the official code's: mean of all
-            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code).
+            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code). Of weights
+            per token, the mean of every row's without its padding.
         scale: the multiplier that the skills were trained with; used by the regularisers only.
 
     """
@@ -270,9 +281,9 @@ class Composed(Mixed):
         if isinstance(weights, Mapping):
             self(batch)
             each = cast("Mapping[str, Tensor]", self.mixture.cell.weights).values()
-            weights = torch.stack([module.view(len(module), -1, self.mixture.count).mean(1) for module in each]).mean(0)
+            weights = torch.stack([_by_row(module, batch) for module in each]).mean(0)
         weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
-        return (weights if weights.dim() == 2 else weights.mean(1)).float().cpu().numpy()
+        return _by_row(weights, batch).float().cpu().numpy()
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of the base model under the gate's weights, plus the regulariser, ()."""
@@ -282,11 +293,11 @@ class Composed(Mixed):
             return loss
         weights = self.mixture.cell.weights
         assert isinstance(weights, Tensor | Routes)
-        weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
+        weights = _by_row(weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights, batch)
         target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
         penalty = (weights.mean() - target).square()
         if self.regulariser == "code":
-            penalty = penalty + (weights[..., -1].mean() - 1).square()
+            penalty = penalty + (weights[:, -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:

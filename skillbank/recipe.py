@@ -29,7 +29,7 @@ from skillbank.learn import search_weights
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
 from skillbank.mixture import Composed, Mixture, see
-from skillbank.model import ModelModule, Task
+from skillbank.model import Batch, ModelModule, Task, no_padding
 from skillbank.routers import Prototypes
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
@@ -152,7 +152,7 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
-        network.standardise(torch.cat([model.context(batch).flatten(0, -2) for batch in islice(batches(0), 40)]))
+        network.standardise(torch.cat([_contexts(model, batch) for batch in islice(batches(0), 40)]))
     if online["steps"]:
         _online().check_online(network, task)
     data = task.data
@@ -196,8 +196,14 @@ def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, 
 def _place(network: Prototypes, model: ModelModule, tasks: Sequence[Task], conf: Conf) -> dict[str, str]:
     """Put prototypes where the data of every skill are; the hashes of what was looked at."""
     samples = [islice(task.batches(batch_size=conf["batch_size"], seed=conf["seed"])(0), 8) for task in tasks]
-    network.place([torch.cat([model.context(batch).flatten(0, -2) for batch in batches]) for batches in samples])
+    network.place([torch.cat([_contexts(model, batch) for batch in batches]) for batches in samples])
     return {source: digest for task in tasks for source, digest in task.data.items()}
+
+
+def _contexts(model: ModelModule, batch: Batch) -> Tensor:
+    """Contexts (N, D) of the rows of a batch, or of their tokens that are no padding."""
+    found, mask = model.context(batch), no_padding(batch)
+    return found.flatten(0, -2) if mask is None or found.dim() == 2 else found[mask]
 
 
 def _searched(conf: Conf, bank: Bank) -> list[str]:

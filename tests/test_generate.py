@@ -241,6 +241,20 @@ def test_the_loss_is_that_of_transformers_row_by_row(kind):
     torch.testing.assert_close(model({"input_ids": ids, "attention_mask": mask}), torch.stack(shorter).double().mean(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("path", ["reference", "slots"])
+@pytest.mark.parametrize("view", [{"tokens": True}, {"tokens": True, "layer": 1}])
+def test_padding_counts_neither_in_what_is_shown_nor_in_the_regulariser(path, view):
+    model, row = composed("llama", path, **view), BATCH["input_ids"][:1]
+    alone, padded = {"input_ids": row[:, :3]}, {"input_ids": row, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    packed = {"input_ids": row, "segments": torch.tensor([[1, 1, 1, 0, 0]])}
+    for regulariser in ("mean", "code"):
+        model.regulariser = regulariser
+        for batch in (padded, packed):
+            torch.testing.assert_close(torch.tensor(model.shown(batch)), torch.tensor(model.shown(alone)))
+            torch.testing.assert_close(model(batch), model(alone))
+    assert abs(model.shown({"input_ids": row}) - model.shown(alone)).max() > 1e-3
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_padding_on_the_left_changes_no_loss(kind):

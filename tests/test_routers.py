@@ -65,6 +65,8 @@ def test_every_layer_weights_what_its_skills_amplify(kind, path, k, temperature)
     for cache in (True, False):
         model.model.generation["use_cache"] = cache
         assert torch.equal(model.predict(BATCH), said[:, LENGTH:])
+    padded = {"input_ids": ids[:1], "attention_mask": torch.tensor([[1, 1, 0, 0, 0]])}
+    torch.testing.assert_close(torch.tensor(model.shown(padded)), torch.tensor(model.shown({"input_ids": ids[:1, :2]})))
     shown = model.shown(BATCH)
     assert shown.shape == (4, 3)
     assert (shown >= 0).all()
