@@ -225,12 +225,17 @@ class TopK(nn.Module):
         gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K).
         k: 1 to K.
 
+    Raises:
+        ValueError: k below 1, or a gate whose weights come about in the layers.
+
     """
 
     def __init__(self, gate: nn.Module, k: int) -> None:
         super().__init__()
         if k < 1:
             raise ValueError(f"a gate has to choose at least one skill, got k={k}")
+        if getattr(gate, "layerwise", False):
+            raise ValueError(f"{type(gate).__name__} weights in the layers, where TopK cannot choose: give it its own k={k}")
         self.gate, self.k = gate, k
         self.view = getattr(gate, "view", {})
 

@@ -242,6 +242,10 @@ class Composed(Mixed):
             per token, the mean of every row's without its padding.
         scale: the multiplier that the skills were trained with; used by the regularisers only.
 
+    Raises:
+        ValueError: an unknown regulariser, one for a gate whose weights come about in the layers, a view that the model does not have, or skills that
+            the gate cannot weight.
+
     """
 
     def __init__(
@@ -256,6 +260,8 @@ class Composed(Mixed):
         super().__init__()
         if regulariser not in ("none", "mean", "code"):
             raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
+        if regulariser != "none" and getattr(gate, "layerwise", False):
+            raise ValueError(f"{type(gate).__name__} weights in the layers, which regulariser={regulariser!r} does not see: leave it out")
         self.model, self.gate = cast("ModelModule", model), gate
         self.regulariser, self.scale = regulariser, scale
         self.mixture: OnNet = Mixture(self.model.net, skills) if isinstance(skills, Sequence) else skills

@@ -73,6 +73,15 @@ def test_every_layer_weights_what_its_skills_amplify(kind, path, k, temperature)
     assert (shown.sum(1) < 1 + 1e-5).all()
 
 
+def test_where_arrow_looks_moves_with_the_model():
+    model = arrow("llama", "reference", skills_of(net_of("llama"), 3))
+    state, other = set(model.state_dict()), copy.deepcopy(model)
+    other.to("meta").mixture.cell.mix({})
+    assert other.net(BATCH["input_ids"].to("meta")).logits.is_meta
+    assert not [name for name in state if "directions" in name]
+    assert torch.equal(model.predict(BATCH), copy.deepcopy(model).predict(BATCH))
+
+
 def test_arrow_in_the_bank(tmp_path):
     torch.manual_seed(0)
     conf = {"_target_": "skillbank.models.transformer.CausalLM", "net": {"model_type": "llama", "vocab_size": VOCABULARY, **NETS["llama"]}}
@@ -158,5 +167,14 @@ def test_bad_input():
         Prototypes(5, 2, k=3)
     with pytest.raises(ValueError, match=r"arrow: k must be 1 to 2, .* got k=2, temperature=0"):
         Arrow(5, 2, temperature=0)
+    net = net_of("llama")
+    skills = skills_of(net, 2)
+    with pytest.raises(ValueError, match="Arrow weights in the layers, where TopK cannot choose: give it its own k=1"):
+        sb.TopK(Arrow(16, 2), 1)
+    with pytest.raises(ValueError, match="Arrow weights in the layers, which regulariser='mean' does not see: leave it out"):
+        sb.Composed(text(net), Arrow(16, 2), skills, regulariser="mean")
+    slots = sb.Slots(net, 2, rank=2, modules=list(skills[0]))
+    with pytest.raises(ValueError, match="arrow looks at the skills once, those in Slots come and go: give Composed the skills themselves"):
+        sb.Composed(text(net), Arrow(16, 2), slots)
     with pytest.raises(ValueError, match="prototypes of 2 skills need as many samples of contexts, got 1"):
         Prototypes(5, 2).place([torch.zeros(3, 5)])
