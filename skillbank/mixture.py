@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -293,7 +293,7 @@ class Composed(Mixed):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of the base model under the gate's weights, plus the regulariser, ()."""
-        with self._every_pass() if getattr(self.model, "within", False) else self._once(batch, 1):
+        with self._training(batch):
             loss = self.model(batch)
         if self.regulariser == "none":
             return loss
@@ -305,6 +305,19 @@ class Composed(Mixed):
         if self.regulariser == "code":
             penalty = penalty + (weights[:, -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
+
+    @property
+    def losses(self) -> Callable[[Batch], Tensor]:
+        """Where the base has `losses(batch)`: those of the rows, (B,), under the gate's weights, without the regulariser."""
+        return partial(self._losses, cast("Any", self.model).losses)
+
+    def _losses(self, of_rows: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        with self._training(batch):
+            return of_rows(batch)
+
+    def _training(self, batch: Batch) -> AbstractContextManager[None]:
+        """In this block the mixture has its weights for one pass over a batch."""
+        return self._every_pass() if getattr(self.model, "within", False) else self._once(batch, 1)
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
         every = getattr(self.model, "tokens", False) or getattr(self.model, "within", False)

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from skillbank import Bank, Base, Composed, Composition, MLPGate, Routes, Server, Skill, Slots, Together, TopK, check_model, fit, fresh, load, read
+from skillbank.kshot import losses_of
 from skillbank.layers import is_linear
 from skillbank.learn import Weighted
 from skillbank.mixture import Mixture
@@ -186,6 +187,23 @@ def test_the_context_behind_a_block_is_the_base_whatever_ran_before(path):
         model.predict(BATCH)
     weighted = Weighted(text(net_of("llama"), layer=1), skills_of(net_of("llama"), 2))
     torch.testing.assert_close(weighted.context(BATCH), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("path", ["reference", "slots"])
+@pytest.mark.parametrize("view", [{}, {"tokens": True}, {"layer": 1}])
+def test_losses_of_rows_under_a_gate(path, view):
+    model = composed("llama", path, **view)
+    losses, loss = model.losses(BATCH), model(BATCH)
+    alone = [model.losses({"input_ids": row[None]}) for row in BATCH["input_ids"]]
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.mean(), loss, rtol=1e-6, atol=0)
+    model.regulariser = "mean"
+    assert torch.equal(model.losses(BATCH), losses)
+    for use in (lambda: Together(model, [0, 1]), lambda: losses_of(model, skills_of(net_of("llama"), 2), [BATCH])):
+        with pytest.raises(ValueError, match=r"Composed has skills on its net, .*: give the base by itself"):
+            use()
+    model.model = nn.ModuleDict({"net": model.net})
+    assert not hasattr(model, "losses")
 
 
 def test_a_gate_looks_after_a_block_that_there_is():
