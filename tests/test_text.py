@@ -16,7 +16,7 @@ from skillbank.tasks.records import read_records
 from skillbank.tasks.text import TextTask, answer_of, complete, packed, rows_of
 from skillbank.tasks.tokens import asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept, restored
-from tests.tiny import close
+from tests.tiny import close, random_skill
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -171,6 +171,16 @@ def test_checkpointing_changes_nothing():
         model(next(made.batches(batch_size=4, seed=0)(0))).backward()
         gradients.append([p.grad for p in params])
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_checkpointing_is_at_work_in_train_mode_and_not_under_a_gate():
+    model, passes = model_of(checkpointing=True).train(), []
+    model.net.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch, skill = next(task().batches(batch_size=4, seed=0)(0)), random_skill(model.net, modules=["model.layers.0.mlp.up_proj"])
+    model(batch).backward()
+    assert len(passes) == 2
+    sb.Composed(model, sb.MLPGate(16, 1), [skill]).train()(batch).backward()
+    assert len(passes) == 3
 
 
 def test_a_model_from_a_folder(tmp_path):

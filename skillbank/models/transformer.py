@@ -39,7 +39,8 @@ class CausalLM(Pretrained):
         layer: how many blocks come before what a gate sees; None for the input embeddings.
         generation: of `net.generate`, over what the net's own generation config says; `max_new_tokens` is 32 unless given.
         revision: of the repository.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: compute activations again in the backward pass instead of keeping them, in train mode: under a gate, whose base stays in eval
+            mode, it changes nothing.
         options: of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `gguf_file`, `attn_implementation`.
 
     Raises:
