@@ -209,6 +209,10 @@ class Routes:
         """Weights (B, K) or (B, T, K) of all K skills, 0 where a row does not name one."""
         return self.weights.new_zeros(*self.index.shape[:-1], count).scatter_add(-1, self.index, self.weights)
 
+    def detach(self) -> Routes:
+        """The same without a gradient."""
+        return Routes(self.index, self.weights.detach())
+
     def repeat(self, repeats: int) -> Routes:
         """Every row `repeats` times, next to each other."""
         return Routes(self.index.repeat_interleave(repeats, 0), self.weights.repeat_interleave(repeats, 0))
@@ -221,12 +225,17 @@ class TopK(nn.Module):
         gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K).
         k: 1 to K.
 
+    Raises:
+        ValueError: k below 1, or a gate whose weights come about in the layers.
+
     """
 
     def __init__(self, gate: nn.Module, k: int) -> None:
         super().__init__()
         if k < 1:
             raise ValueError(f"a gate has to choose at least one skill, got k={k}")
+        if getattr(gate, "layerwise", False):
+            raise ValueError(f"{type(gate).__name__} weights in the layers, where TopK cannot choose: give it its own k={k}")
         self.gate, self.k = gate, k
         self.view = getattr(gate, "view", {})
 

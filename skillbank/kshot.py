@@ -19,6 +19,7 @@ from skillbank.bank import Bank, Ref
 from skillbank.gate import Routes
 from skillbank.layers import matrix
 from skillbank.load import load
+from skillbank.mixture import Mixed
 from skillbank.model import Batch, on
 from skillbank.runtime.fused import unfuse
 from skillbank.runtime.products import quicken
@@ -129,9 +130,11 @@ def losses_of(model: nn.Module, skills: Iterable[Skill], batches: Iterable[Batch
         seed: of what is drawn at random.
 
     Raises:
-        ValueError: a model without such losses, no skills, no examples, or a skill that does not fit the net.
+        ValueError: a model without such losses, or with skills, no skills, no examples, or a skill that does not fit the net.
 
     """
+    if isinstance(model, Mixed):
+        raise ValueError(f"{type(model).__name__} has skills on its net, which others cannot be compared on: give the base by itself")
     if not callable(getattr(model, "losses", None)):
         raise ValueError(f"{type(model).__name__} has no losses(batch), the loss of every row: without it skills cannot be told apart in one batch")
     device = next(model.parameters()).device

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D context features, K skills, R rank (sum).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skillbank.attach import attach, channel_layers, mark
 from skillbank.gate import Routes
-from skillbank.model import Batch, ModelModule
+from skillbank.model import Batch, ModelModule, no_padding
 from skillbank.skill import Skill, stack
 
 __all__ = ["Cell", "Composed", "Mixed", "Mixture", "OnNet", "Weights", "every_pass", "see"]
@@ -47,6 +47,10 @@ class Cell:
         self.weights, self.repeats = weights, repeats
         self.made: dict[Any, Any] = {}
         """What the fast paths make of these weights, so that they make it once."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy: the last weights as numbers, without the gate behind them."""
+        return {**self.__dict__, "weights": _detached(self.weights), "made": {}}
 
     def of(self, name: str, rows: int) -> Tensor | Routes:
         """Weights of a module that runs on this many rows: one for each, or fewer by the number of repeats.
@@ -108,6 +112,12 @@ class Cell:
         return Routes(routes.index.flatten(0, -2), routes.weights.flatten(0, -2))
 
 
+def _detached(weights: Weights | None) -> Weights | None:
+    if isinstance(weights, Mapping):
+        return {name: each.detach() for name, each in weights.items()}
+    return weights.detach() if isinstance(weights, Tensor | Routes) else None
+
+
 def _other_tokens(name: str, shape: torch.Size, weights: Tensor) -> str:
     runs, given = tuple(shape[:-1]), tuple(weights.shape[:-1])
     return f"module {name!r} runs on rows and tokens {runs}, the gate gave weights for {given}: gate per sample"
@@ -156,7 +166,9 @@ class Mixed(nn.Module):
 
     @torch.no_grad()
     def context(self, batch: Batch) -> Tensor:
-        """Context of the base model."""
+        """Context of the base model, whose net runs as the base where it has to."""
+        if getattr(self.model, "within", False):
+            self._blank(len(next(iter(batch.values()))))
         return self.model.context(batch)
 
     @torch.no_grad()
@@ -177,6 +189,21 @@ class Mixed(nn.Module):
     def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         """Set the mixture's weights for a batch."""
         raise NotImplementedError
+
+    def _blank(self, rows: int) -> None:
+        """Set all weights to 0: the base by itself, on so many rows."""
+        parameter = next(self.model.parameters())
+        self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
+
+
+def _by_row(weights: Tensor, batch: Batch) -> Tensor:
+    """Weights (B, K), of those per token (B, T, K) the mean over what is no padding."""
+    mask = no_padding(batch)
+    if weights.dim() == 2:
+        return weights
+    if mask is None or mask.shape != weights.shape[:2]:
+        return weights.flatten(1, -2).mean(1)
+    return (weights * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def see(model: nn.Module, view: Mapping[str, Any]) -> None:
@@ -211,8 +238,13 @@ class Composed(Mixed):
         gate: context (B, D) or (B, T, D) -> weights (B, K) or (B, T, K), or `Routes`.
         skills: K skills in the gate's order, or what has them on the net already.
         regulariser: added to the loss. `none`; `mean` pulls the batch mean of all weights to 1 / K; `code` is the official code's: mean of all
-            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code).
+            weights to 1/2 and of the last to 1. Both in the official units, that is times `scale` squared (arXiv 2502.05932, code). Of weights
+            per token, the mean of every row's without its padding.
         scale: the multiplier that the skills were trained with; used by the regularisers only.
+
+    Raises:
+        ValueError: an unknown regulariser, one for a gate whose weights come about in the layers, a view that the model does not have, or skills that
+            the gate cannot weight.
 
     """
 
@@ -228,6 +260,8 @@ class Composed(Mixed):
         super().__init__()
         if regulariser not in ("none", "mean", "code"):
             raise ValueError(f"unknown regulariser {regulariser!r}: choose none, mean or code")
+        if regulariser != "none" and getattr(gate, "layerwise", False):
+            raise ValueError(f"{type(gate).__name__} weights in the layers, which regulariser={regulariser!r} does not see: leave it out")
         self.model, self.gate = cast("ModelModule", model), gate
         self.regulariser, self.scale = regulariser, scale
         self.mixture: OnNet = Mixture(self.model.net, skills) if isinstance(skills, Sequence) else skills
@@ -244,9 +278,7 @@ class Composed(Mixed):
 
     def weights(self, batch: Batch) -> Weights:
         """Weights (B, K) or (B, T, K), or routes, that the gate gives for a batch; by module where layers weight by themselves, once they ran."""
-        if getattr(self.model, "within", False):  # its net runs for the context, as the base
-            self._blank(len(next(iter(batch.values()))))
-        return self.gate(self.model.context(batch))
+        return self.gate(self.context(batch))
 
     @torch.no_grad()
     def shown(self, batch: Batch) -> NDArray[np.float32]:
@@ -255,24 +287,37 @@ class Composed(Mixed):
         if isinstance(weights, Mapping):
             self(batch)
             each = cast("Mapping[str, Tensor]", self.mixture.cell.weights).values()
-            weights = torch.stack([module.view(len(module), -1, self.mixture.count).mean(1) for module in each]).mean(0)
+            weights = torch.stack([_by_row(module, batch) for module in each]).mean(0)
         weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
-        return (weights if weights.dim() == 2 else weights.mean(1)).float().cpu().numpy()
+        return _by_row(weights, batch).float().cpu().numpy()
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of the base model under the gate's weights, plus the regulariser, ()."""
-        with self._every_pass() if getattr(self.model, "within", False) else self._once(batch, 1):
+        with self._training(batch):
             loss = self.model(batch)
         if self.regulariser == "none":
             return loss
         weights = self.mixture.cell.weights
         assert isinstance(weights, Tensor | Routes)
-        weights = weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights
+        weights = _by_row(weights.dense(self.mixture.count) if isinstance(weights, Routes) else weights, batch)
         target = 0.5 if self.regulariser == "code" else 1 / self.mixture.count
         penalty = (weights.mean() - target).square()
         if self.regulariser == "code":
-            penalty = penalty + (weights[..., -1].mean() - 1).square()
+            penalty = penalty + (weights[:, -1].mean() - 1).square()
         return loss + self.scale**2 * penalty
+
+    @property
+    def losses(self) -> Callable[[Batch], Tensor]:
+        """Where the base has `losses(batch)`: those of the rows, (B,), under the gate's weights, without the regulariser."""
+        return partial(self._losses, cast("Any", self.model).losses)
+
+    def _losses(self, of_rows: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        with self._training(batch):
+            return of_rows(batch)
+
+    def _training(self, batch: Batch) -> AbstractContextManager[None]:
+        """In this block the mixture has its weights for one pass over a batch."""
+        return self._every_pass() if getattr(self.model, "within", False) else self._once(batch, 1)
 
     def _predicting(self, batch: Batch, repeats: int) -> AbstractContextManager[None]:
         every = getattr(self.model, "tokens", False) or getattr(self.model, "within", False)
@@ -284,11 +329,6 @@ class Composed(Mixed):
 
     def _every_pass(self) -> AbstractContextManager[None]:
         return cast("Any", self.model).passes(lambda context: self._set(self.gate(context)), self._blank)
-
-    def _blank(self, rows: int) -> None:
-        """Set all weights to 0: the base by itself, on so many rows."""
-        parameter = next(self.model.parameters())
-        self.mixture.cell.mix(parameter.new_zeros(rows, self.mixture.count))
 
     def _mix(self, batch: Batch, repeats: int = 1) -> Weights:
         return self._set(self.weights(batch), repeats)

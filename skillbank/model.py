@@ -12,7 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["SEED_STRIDE", "Batch", "Batches", "Model", "ModelModule", "Recorded", "Task", "check_model", "evaluating", "on", "shown"]
+__all__ = [
+    "SEED_STRIDE",
+    "Batch",
+    "Batches",
+    "Model",
+    "ModelModule",
+    "Recorded",
+    "Task",
+    "check_model",
+    "contexts",
+    "evaluating",
+    "no_padding",
+    "on",
+    "shown",
+]
 
 SEED_STRIDE = 1_000_003 * 4096
 """How far apart the seeds are that two runs with seeds next to each other set at the same step."""
@@ -114,6 +128,18 @@ class Task(Protocol):
     def record(self, model: Model) -> Recorded:
         """What a report shows of `model` on this task."""
         ...
+
+
+def no_padding(batch: Batch) -> Tensor | None:
+    """Which tokens of a batch of text are no padding, (B, L); None where it does not say, as for anything else."""
+    mask = batch.get("attention_mask", batch.get("segments"))
+    return None if mask is None else mask > 0
+
+
+def contexts(model: Model, batch: Batch) -> Tensor:
+    """Contexts (N, D) of the rows of a batch, or of their tokens that are no padding."""
+    found, mask = model.context(batch), no_padding(batch)
+    return found.flatten(0, -2) if mask is None or found.dim() == 2 else found[mask]
 
 
 def on(device: torch.device, batch: Batch) -> dict[str, Tensor]:

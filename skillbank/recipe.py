@@ -31,7 +31,7 @@ from skillbank.learn import search_weights
 from skillbank.load import build, load, skills_on_base
 from skillbank.merge import merge
 from skillbank.mixture import Composed, Mixture, see
-from skillbank.model import ModelModule, Task
+from skillbank.model import ModelModule, Task, contexts
 from skillbank.routers import Prototypes
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
@@ -151,19 +151,19 @@ def compose(conf: Conf, bank: Bank, *, resume: bool = True) -> Made:
         metrics = {"merge_error": merged.certificate.error, "merge_energy": merged.certificate.energy}
         return Made(composition, name, {"conf": conf, "data": data, "metrics": metrics}, model, task, folder)
     assert gate is not None
-    see(model, gate.get("view") or {})
+    see(model.eval(), gate.get("view") or {})
     gate = {**gate, "context_dim": model.context(next(task.batches(batch_size=1, seed=0)(0))).shape[-1], "skills": len(skills)}
     network, batches = build(gate), task.batches(batch_size=conf["batch_size"], seed=conf["seed"])
     if conf["standardise"] and isinstance(network, MLPGate):
-        network.standardise(torch.cat([model.context(batch).flatten(0, -2) for batch in islice(batches(0), 40)]))
+        network.standardise(torch.cat([contexts(model, batch) for batch in islice(batches(0), 40)]))
     if online["steps"]:
         _online().check_online(network, task)
-    mixture = Mixture(model.net, skills)
-    fuse(model.net, mixture)
-    composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     data = task.data
     if isinstance(network, Prototypes):
         data = _place(network, model, [task_of(ref, bank) for ref in refs], conf)
+    mixture = Mixture(model.net, skills)
+    fuse(model.net, mixture)
+    composed = cast("ModelModule", Composed(model, network, mixture, regulariser=conf["regulariser"]))
     if (params := list(network.parameters())) and conf["fit"]["steps"]:
         metrics |= _fit(composed, params, conf, name, task, folder if resume else None)
     if online["steps"]:
@@ -198,7 +198,7 @@ def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, 
 def _place(network: Prototypes, model: ModelModule, tasks: Sequence[Task], conf: Conf) -> dict[str, str]:
     """Put prototypes where the data of every skill are; the hashes of what was looked at."""
     samples = [islice(task.batches(batch_size=conf["batch_size"], seed=conf["seed"])(0), 8) for task in tasks]
-    network.place([torch.cat([model.context(batch).flatten(0, -2) for batch in batches]) for batches in samples])
+    network.place([torch.cat([contexts(model, batch) for batch in batches]) for batches in samples])
     return {source: digest for task in tasks for source, digest in task.data.items()}
 
 

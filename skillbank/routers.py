@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skillbank.attach import channel_layers, factors
-from skillbank.mixture import Cell, Mixture
+from skillbank.mixture import Cell, Mixture, OnNet
 
 __all__ = ["Arrow", "Prototypes"]
 
@@ -62,7 +62,8 @@ class Prototypes(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """Weights (B, K) of a context (B, D), or (B, T, K) of (B, T, D); they sum to 1."""
-        distance = torch.cdist((context / self.deviation).flatten(0, -2), self.places / self.deviation)
+        rows, places = (context / self.deviation).flatten(0, -2), self.places / self.deviation
+        distance = torch.cdist(rows, places, compute_mode="donot_use_mm_for_euclid_dist")  # a product of many rows would cancel
         return _shares(-distance.square().unflatten(0, context.shape[:-1]) / 2, self.k, self.temperature)
 
 
@@ -89,16 +90,24 @@ class Arrow(nn.Module):
         _check("arrow", k, skills, temperature)
         self.skills, self.k, self.temperature = skills, k, temperature
 
-    def bind(self, net: nn.Module, mixture: Mixture) -> None:
-        """Let the layers of a net, with the stack of the skills on it, set the weights in the mixture's cell."""
+    def bind(self, net: nn.Module, mixture: OnNet) -> None:
+        """Let the layers of a net, with the stack of the skills on it, set the weights in the mixture's cell.
+
+        Raises:
+            ValueError: the skills are in slots, or adapt a convolution.
+
+        """
+        if not isinstance(mixture, Mixture):
+            raise ValueError(f"arrow looks at the skills once, those in {type(mixture).__name__} come and go: give Composed the skills themselves")
         live = factors(net)
-        for name, (layer, axis) in channel_layers(net).items():
+        for name, (channels, axis) in channel_layers(net).items():
             a, b = (factor.detach().flatten(1).double() for factor in live[name])
             if axis != -1:
                 raise ValueError(f"arrow weights the skills of linear layers, {name!r} is a convolution: leave it out of the skills, or take a gate")
-            owner = cast("Tensor", layer.owner)
+            owner, layer = cast("Tensor", channels.owner), net.get_submodule(name)
             found = torch.stack([_first(a[owner == skill], b[:, owner == skill]) for skill in range(self.skills)])
-            net.get_submodule(name).register_forward_pre_hook(partial(_point, mixture.cell, name, found.to(live[name][0]), self.k, self.temperature))
+            layer.register_buffer("directions", found.to(live[name][0]), persistent=False)
+            layer.register_forward_pre_hook(partial(_point, mixture.cell, name, self.k, self.temperature))
 
     def forward(self, context: Tensor) -> dict[str, Tensor]:
         """No weights yet: the layers set theirs."""
@@ -114,9 +123,9 @@ def _first(a: Tensor, b: Tensor) -> Tensor:
     return q @ torch.linalg.svd(right @ left.mT).Vh[0]
 
 
-def _point(cell: Cell, name: str, directions: Tensor, k: int, temperature: float, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+def _point(cell: Cell, name: str, k: int, temperature: float, layer: nn.Module, inputs: tuple[Tensor]) -> None:
     """Weights (B, ..., K) of a module by its input (B, ..., I)."""
-    cast("dict[str, Tensor]", cell.weights)[name] = _shares(_along(inputs[0].detach(), directions), k, temperature)
+    cast("dict[str, Tensor]", cell.weights)[name] = _shares(_along(inputs[0].detach(), cast("Tensor", layer.directions)), k, temperature)
 
 
 def _along(x: Tensor, directions: Tensor) -> Tensor:

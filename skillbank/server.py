@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skillbank.bank import Bank, Base, Composition
+from skillbank.bank import Bank, Base, Checkpoint, Composition
 from skillbank.gate import Routes
 from skillbank.load import build, build_base, check_base
 from skillbank.merge import merge
+from skillbank.mixture import every_pass
 from skillbank.model import Batch
 from skillbank.runtime.compiled import Compiled
 from skillbank.runtime.residents import Residents
@@ -68,7 +69,7 @@ class Server:
         self.bank = bank if isinstance(bank, Bank) else Bank(bank)
         self.base, self.rows = str(self.bank.resolve(base)), rows
         thing = self.bank.get(self.base)
-        if not isinstance(thing, Base):
+        if not isinstance(thing, Base | Checkpoint):
             raise ValueError(f"{base!r} is a {self.bank.card(self.base).kind}, a server needs a base")
         self.model = build_base(thing).to(device).eval().requires_grad_(False)
         self.slots = Slots(self.model.net, slots, rank=rank)
@@ -88,8 +89,8 @@ class Server:
 
         Raises:
             UnknownRef: the bank has no such version.
-            ValueError: another number of references or seeds than of rows, a version on another base, more skills in one row than there are slots, or
-                a larger rank than theirs.
+            ValueError: another number of references or seeds than of rows, a version on another base, more skills in one row than there are slots,
+                a larger rank than theirs, or a gate that weights tokens or layers, or sees something else than the base's context.
 
         """
         rows = len(next(iter(batch.values())))
@@ -164,6 +165,10 @@ class Server:
         if thing.gate is not None:
             gate = build(thing.gate)
             gate.load_state_dict(thing.tensors)
+            view = getattr(gate, "view", {})
+            if every_pass(self.model, gate) or any(getattr(self.model, key, None) != value for key, value in view.items()):
+                what = f"sees {view}" if view else "weights every token or layer by itself"
+                raise ValueError(f"the gate of {exact!r} {what}, so its rows cannot share a batch with others: load this version by itself")
             return _Recipe(names, gate.to(self.slots.a[0].device).eval().requires_grad_(False))
         assert thing.merge is not None
         if set(thing.merge) <= {"method", "weights"} and thing.merge.get("method", "stack") == "stack":

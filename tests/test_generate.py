@@ -9,7 +9,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from skillbank import Bank, Base, Composed, Composition, MLPGate, Routes, Server, Skill, Slots, Together, TopK, check_model, fit, fresh, load, read
+from skillbank.kshot import losses_of
 from skillbank.layers import is_linear
+from skillbank.learn import Weighted
 from skillbank.mixture import Mixture
 from skillbank.models.transformer import CausalLM
 from skillbank.runtime.fused import fuse
@@ -177,6 +179,33 @@ def test_the_net_by_itself_runs_under_the_gate_while_it_is_live(kind, view):
     assert not model.net._forward_pre_hooks
 
 
+@pytest.mark.parametrize("path", ["reference", "fused", "slots"])
+def test_the_context_behind_a_block_is_the_base_whatever_ran_before(path):
+    model, expected = composed("llama", path, layer=1), text(net_of("llama"), layer=1).context(BATCH)
+    for _ in range(2):
+        torch.testing.assert_close(model.context(BATCH), expected, rtol=1e-12, atol=1e-14)
+        model.predict(BATCH)
+    weighted = Weighted(text(net_of("llama"), layer=1), skills_of(net_of("llama"), 2))
+    torch.testing.assert_close(weighted.context(BATCH), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("path", ["reference", "slots"])
+@pytest.mark.parametrize("view", [{}, {"tokens": True}, {"layer": 1}])
+def test_losses_of_rows_under_a_gate(path, view):
+    model = composed("llama", path, **view)
+    losses, loss = model.losses(BATCH), model(BATCH)
+    alone = [model.losses({"input_ids": row[None]}) for row in BATCH["input_ids"]]
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.mean(), loss, rtol=1e-6, atol=0)
+    model.regulariser = "mean"
+    assert torch.equal(model.losses(BATCH), losses)
+    for use in (lambda: Together(model, [0, 1]), lambda: losses_of(model, skills_of(net_of("llama"), 2), [BATCH])):
+        with pytest.raises(ValueError, match=r"Composed has skills on its net, .*: give the base by itself"):
+            use()
+    model.model = nn.ModuleDict({"net": model.net})
+    assert not hasattr(model, "losses")
+
+
 def test_a_gate_looks_after_a_block_that_there_is():
     for layer in (0, 2):
         with pytest.raises(ValueError, match=f"a gate can look after 1 to 1 of the 2 blocks, got layer={layer}"):
@@ -199,6 +228,25 @@ def test_prompts_of_other_lengths_go_on_as_they_do_alone(path, tokens):
         torch.testing.assert_close(model.context(answered), expected)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_without_a_padding_token_rows_are_filled_with_the_first_of_several_ends(given):
+    model = text(net_of("llama"))
+    said = model.predict(BATCH)
+    first, end = said[0, 1:3].tolist()
+    assert first != end
+    config = model.net.generation_config
+    config.eos_token_id, config.pad_token_id = ([end + 1, 0], None) if given else ([first, end], None)
+    model.generation.pop("pad_token_id")
+    model.generation.pop("eos_token_id")
+    if given:
+        model.generation["eos_token_id"] = [first, end]
+    filled = model.predict(BATCH)
+    for row, whole in zip(filled.tolist(), said.tolist(), strict=True):
+        over = min((i for i, token in enumerate(whole) if token in (first, end)), default=NEW)
+        assert row == whole[: over + 1] + [first] * (NEW - over - 1)
+    assert filled[0].tolist() == said[0, :2].tolist() + [first] * (NEW - 2)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_loss_is_that_of_transformers_row_by_row(kind):
     model = text(net_of(kind))
@@ -209,6 +257,37 @@ def test_the_loss_is_that_of_transformers_row_by_row(kind):
     mask = torch.arange(LENGTH) < torch.tensor([5, 4, 3, 2])[:, None]
     shorter = [model.net(ids[i : i + 1, : 5 - i], labels=ids[i : i + 1, : 5 - i]).loss for i in range(4)]
     torch.testing.assert_close(model({"input_ids": ids, "attention_mask": mask}), torch.stack(shorter).double().mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("path", ["reference", "slots"])
+@pytest.mark.parametrize("view", [{"tokens": True}, {"tokens": True, "layer": 1}])
+def test_padding_counts_neither_in_what_is_shown_nor_in_the_regulariser(path, view):
+    model, row = composed("llama", path, **view), BATCH["input_ids"][:1]
+    alone, padded = {"input_ids": row[:, :3]}, {"input_ids": row, "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    packed = {"input_ids": row, "segments": torch.tensor([[1, 1, 1, 0, 0]])}
+    for regulariser in ("mean", "code"):
+        model.regulariser = regulariser
+        for batch in (padded, packed):
+            torch.testing.assert_close(torch.tensor(model.shown(batch)), torch.tensor(model.shown(alone)))
+            torch.testing.assert_close(model(batch), model(alone))
+    assert abs(model.shown({"input_ids": row}) - model.shown(alone)).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_padding_on_the_left_changes_no_loss(kind):
+    model, ids, lengths = text(net_of(kind), layer=1), BATCH["input_ids"], [5, 2, 4, 3]
+    compiled = text(net_of(kind))
+    torch._dynamo.reset()
+    compiled.net.compile(backend="eager", fullgraph=True, dynamic=False)
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(LENGTH) == 2), -100)
+    for right in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, "attention_mask": mask, "labels": labels}):
+        left = {key: torch.stack([row.roll(LENGTH - n) for row, n in zip(value, lengths, strict=True)]) for key, value in right.items()}
+        alone = [model.losses({key: value[i : i + 1, :n] for key, value in right.items()}) for i, n in enumerate(lengths)]
+        for found in (model.losses(right), model.losses(left), compiled.losses(left)):
+            torch.testing.assert_close(found, torch.cat(alone), rtol=1e-6, atol=0)
+        torch.testing.assert_close(model.context(left), model.context(right))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
@@ -261,7 +340,8 @@ def test_skills_of_a_transformer_that_train_at_once_are_those_that_train_alone()
         assert max(float(skill.delta(name).abs().max()) for name in skill) > 1e-3
 
 
-def test_many_versions_in_one_batch_say_what_each_says_alone(tmp_path):
+@pytest.fixture
+def bank(tmp_path):
     bank = Bank(tmp_path)
     config = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -277,13 +357,29 @@ def test_many_versions_in_one_batch_say_what_each_says_alone(tmp_path):
     gate = MLPGate(16, 2)
     nn.init.normal_(gate.head.weight, std=3.0)
     gate_conf = {"_target_": "skillbank.MLPGate", "context_dim": 16, "skills": 2}
-    bank.put(Composition("base", ("skill-0", "skill-2"), gate=gate_conf, tensors=gate.state_dict()), "gated")
-    refs = ["gated", "skill-1", "base", "gated"]
+    for name, view in {"gated": {}, "plain": {"tokens": False, "layer": None}, "tokens": {"tokens": True}, "layer": {"layer": 1}}.items():
+        bank.put(Composition("base", ("skill-0", "skill-2"), gate={**gate_conf, "view": view}, tensors=gate.state_dict()), name)
+    bank.put(Composition("base", ("skill-0", "skill-2"), gate={**gate_conf, "_target_": "skillbank.routers.Arrow"}), "arrow")
+    return bank
+
+
+def test_many_versions_in_one_batch_say_what_each_says_alone(bank):
+    refs = ["gated", "skill-1", "base", "plain"]
     found = Server("base", bank, slots=2, rank=2).predict(BATCH, refs, seeds=[5, 6, 7, 5])
     for i, ref in enumerate(refs):
         model = load(ref, bank)
         torch.manual_seed([5, 6, 7, 5][i])
         assert torch.equal(model.predict({"input_ids": BATCH["input_ids"][i : i + 1]}), found[i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("ref", "why"), [("tokens", "sees {'tokens': True}"), ("layer", "sees {'layer': 1}"), ("arrow", "weights every token or layer by itself")]
+)
+def test_a_gate_that_cannot_share_a_batch_is_refused_by_name(bank, ref, why):
+    server = Server("base", bank, slots=2, rank=2)
+    with pytest.raises(ValueError, match=f"the gate of '{ref}@1' {why}, so its rows cannot share a batch with others: load this version by itself"):
+        server.predict(BATCH, [ref, "base", "base", "base"])
+    assert load(ref, bank).predict(BATCH).shape == (4, NEW)
 
 
 def test_beams_that_were_not_announced_are_refused():
@@ -312,6 +408,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(path):
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     assert any(grad.abs().sum() > 0 for grad in found[0])
+
+
+@pytest.mark.parametrize("path", ["reference", "fused", "routes", "slots"])
+@pytest.mark.parametrize("view", [{}, {"tokens": True}, {"layer": 1}])
+def test_a_composition_that_trains_can_be_copied(path, view):
+    model = composed("llama", path, **view)
+    model(BATCH).backward()
+    other = copy.deepcopy(model)
+    assert torch.equal(other(BATCH), model(BATCH))
+    head = (model.gate.gate if path in ("routes", "slots") else model.gate).head
+    with torch.no_grad():
+        head.weight.zero_()
+    assert not torch.equal(other(BATCH), model(BATCH))
 
 
 def test_a_copy_of_a_net_with_slots_has_slots_of_its_own():

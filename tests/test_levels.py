@@ -425,7 +425,10 @@ def test_constant_weights_of_a_gate_are_a_merge():
     skills = skills_of(base, 2)
     models = [at(level, base, skills, [0.75, -0.5]) for level in ("merge", "gate")]
     close(*(model(BATCH) for model in models))
+    close(*(model.losses(BATCH) for model in models))
     assert torch.equal(*(model.predict(BATCH) for model in models))
+    judged = [at("rerank", base, skills, judge=model) for model in models]
+    assert torch.equal(*(model.predict(BATCH) for model in judged))
     gate = sb.MLPGate(16, 2).double()
     gated = at("gate", base, skills, gate=gate, regulariser="mean")
     assert gated.gate is gate

@@ -65,10 +65,21 @@ def test_every_layer_weights_what_its_skills_amplify(kind, path, k, temperature)
     for cache in (True, False):
         model.model.generation["use_cache"] = cache
         assert torch.equal(model.predict(BATCH), said[:, LENGTH:])
+    padded = {"input_ids": ids[:1], "attention_mask": torch.tensor([[1, 1, 0, 0, 0]])}
+    torch.testing.assert_close(torch.tensor(model.shown(padded)), torch.tensor(model.shown({"input_ids": ids[:1, :2]})))
     shown = model.shown(BATCH)
     assert shown.shape == (4, 3)
     assert (shown >= 0).all()
     assert (shown.sum(1) < 1 + 1e-5).all()
+
+
+def test_where_arrow_looks_moves_with_the_model():
+    model = arrow("llama", "reference", skills_of(net_of("llama"), 3))
+    state, other = set(model.state_dict()), copy.deepcopy(model)
+    other.to("meta").mixture.cell.mix({})
+    assert other.net(BATCH["input_ids"].to("meta")).logits.is_meta
+    assert not [name for name in state if "directions" in name]
+    assert torch.equal(model.predict(BATCH), copy.deepcopy(model).predict(BATCH))
 
 
 def test_arrow_in_the_bank(tmp_path):
@@ -109,6 +120,18 @@ def test_the_nearest_prototype_is_the_likeliest():
     torch.testing.assert_close(two.sum(-1), torch.ones(2, 7, dtype=torch.float64))
 
 
+def test_weights_by_prototypes_do_not_depend_on_the_rows_beside_them():
+    """Nor on how far all contexts are from 0."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [300 + shift + torch.randn(200, 64, generator=generator) for shift in (0, 0.5)]
+    gate = Prototypes(64, 2)
+    gate.place(samples)
+    rows = torch.cat([sample[:40] for sample in samples])
+    together = gate(rows)
+    assert torch.equal(together, torch.cat([gate(row) for row in rows.split(1)]))
+    torch.testing.assert_close(together, copy.deepcopy(gate).double()(rows.double()).float(), rtol=0, atol=1e-4)
+
+
 def test_prototypes_route_observations_to_their_skill():
     """Nothing about them is of language."""
     policy = tiny_policy()
@@ -144,5 +167,14 @@ def test_bad_input():
         Prototypes(5, 2, k=3)
     with pytest.raises(ValueError, match=r"arrow: k must be 1 to 2, .* got k=2, temperature=0"):
         Arrow(5, 2, temperature=0)
+    net = net_of("llama")
+    skills = skills_of(net, 2)
+    with pytest.raises(ValueError, match="Arrow weights in the layers, where TopK cannot choose: give it its own k=1"):
+        sb.TopK(Arrow(16, 2), 1)
+    with pytest.raises(ValueError, match="Arrow weights in the layers, which regulariser='mean' does not see: leave it out"):
+        sb.Composed(text(net), Arrow(16, 2), skills, regulariser="mean")
+    slots = sb.Slots(net, 2, rank=2, modules=list(skills[0]))
+    with pytest.raises(ValueError, match="arrow looks at the skills once, those in Slots come and go: give Composed the skills themselves"):
+        sb.Composed(text(net), Arrow(16, 2), slots)
     with pytest.raises(ValueError, match="prototypes of 2 skills need as many samples of contexts, got 1"):
         Prototypes(5, 2).place([torch.zeros(3, 5)])

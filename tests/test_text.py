@@ -13,10 +13,10 @@ import skillbank as sb
 from skillbank.model import check_model
 from skillbank.models.transformer import CausalLM
 from skillbank.tasks.records import read_records
-from skillbank.tasks.text import TextTask, complete, packed, rows_of
+from skillbank.tasks.text import TextTask, answer_of, complete, packed, rows_of
 from skillbank.tasks.tokens import asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept, restored
-from tests.tiny import close
+from tests.tiny import close, random_skill
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -95,12 +95,14 @@ def test_packed_examples_do_not_see_each_other(kind):
     alone, rows = model.losses(rows_of(examples, tokenizer)), packed(examples, 64, tokenizer)
     assert len(rows["input_ids"]) < len(examples)
     torch.testing.assert_close(model.losses(rows).sort().values, alone.sort().values, rtol=1e-12, atol=1e-12)
-    context = model.context(rows)
+    context, unlabelled = model.context(rows), model.context({key: rows[key] for key in ("input_ids", "segments")})
     for row, segments in enumerate(rows["segments"]):
         for segment in range(1, int(segments.max()) + 1):
             itself = segments == segment
             by_itself = model.context({key: rows[key][row : row + 1, itself] for key in ("input_ids", "labels")})
             torch.testing.assert_close(context[row, itself], by_itself.expand(int(itself.sum()), -1), rtol=1e-12, atol=1e-12)
+            every = model.context({"input_ids": rows["input_ids"][row : row + 1, itself]})
+            torch.testing.assert_close(unlabelled[row, itself], every.expand(int(itself.sum()), -1), rtol=1e-12, atol=1e-12)
 
 
 def test_every_example_is_drawn_once_before_any_is_again():
@@ -133,6 +135,20 @@ def test_training_and_answers():
     assert together == [record["completion"] for record in RECORDS[:4]]
     assert [complete(model, tokenizer=made.tokenizer, asks=[prompt], max_new_tokens=13)[0] for prompt in prompts] == together
     assert made.evaluate(model, episodes=2)["examples"] == 2.0
+    made.test = [{**RECORDS[0], "text": "from a book"}, {**RECORDS[1], "completion": "abc"}, {"text": "abc", "completion": "z"}]
+    found = made.evaluate(model)  # of the two that ask something one is right
+    assert (found["exact"], found["examples"]) == (0.5, 3.0)
+    made.test = made.test[2:]
+    assert set(made.evaluate(model)) == {"loss", "examples"}
+
+
+def test_answers_are_as_long_as_the_net_can_take_with_their_own_prompts():
+    records = [{"prompt": "a" * 50, "completion": "b"}, {"prompt": "c", "completion": "d" * 50}, {"prompt": "e" * 9, "completion": "f" * 9}]
+    made, model = task(records, test=records, length=1024), model_of()  # which takes 64 tokens
+    assert made.evaluate(model)["exact"] == 0
+    answers = made.answers(model, records)
+    for answer, record in zip(answers, records, strict=True):
+        assert [answer] == complete(model, [record["prompt"]], tokenizer=made.tokenizer, max_new_tokens=len(record["completion"]) + 1)
 
 
 def test_packed_rows_train_what_rows_train():
@@ -155,6 +171,16 @@ def test_checkpointing_changes_nothing():
         model(next(made.batches(batch_size=4, seed=0)(0))).backward()
         gradients.append([p.grad for p in params])
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_checkpointing_is_at_work_in_train_mode_and_not_under_a_gate():
+    model, passes = model_of(checkpointing=True).train(), []
+    model.net.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch, skill = next(task().batches(batch_size=4, seed=0)(0)), random_skill(model.net, modules=["model.layers.0.mlp.up_proj"])
+    model(batch).backward()
+    assert len(passes) == 2
+    sb.Composed(model, sb.MLPGate(16, 1), [skill]).train()(batch).backward()
+    assert len(passes) == 3
 
 
 def test_a_model_from_a_folder(tmp_path):
@@ -185,6 +211,9 @@ def test_a_checkpoint_in_the_bank_is_a_base(tmp_path):
     bank.put(sb.read(base.net), "one", card={"base": "llama"})
     loaded = sb.load("one", bank)
     torch.testing.assert_close(loaded.losses(batch), base.eval().losses(batch), rtol=1e-5, atol=1e-6)
+    server, asks = sb.Server("llama", bank, slots=1, rank=2), {key: batch[key][:2, :3] for key in ("input_ids", "attention_mask")}
+    alone = torch.cat([sb.load(ref, bank).predict(asks, max_new_tokens=3)[:1] for ref in ("one", "llama")])
+    assert torch.equal(server.predict({key: value[:1].expand(2, -1) for key, value in asks.items()}, ["one", "llama"], max_new_tokens=3), alone)
     assert task(tokenizer="one", bank=bank).tokenizer("ab").input_ids == made.tokenizer("ab").input_ids
 
 
@@ -213,6 +242,15 @@ def test_exports_say_the_same_in_transformers_and_peft(tmp_path, kind):
         close(plain(ids).logits, expected)
         assert AutoTokenizer.from_pretrained(tmp_path / f"{ref}-merged")("abc:").input_ids == ids[0].tolist()
         close(peft.PeftModel.from_pretrained(sb.load("base", bank).net, tmp_path / ref)(ids).logits, expected)
+
+
+def test_the_first_kind_that_fits_is_what_a_record_is():
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.chat_template = TEMPLATE
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert said(tokenizer, encoded(tokenizer, {"text": "abc", "completion": "z"}).ids) == "abc</s>"
+    assert said(tokenizer, encoded(tokenizer, {"messages": turns, "completion": "z"}).ids) == "<user>a</s><assistant>b</s>"
+    assert [answer_of(record) for record in ({"messages": turns, "completion": "z"}, {"prompt": "p", "completion": "c", "text": "t"})] == ["b", "c"]
 
 
 LINES = {
@@ -246,6 +284,13 @@ def test_records_from_everywhere(tmp_path):
     renamed = [{"question": record["prompt"], "answer": record["completion"], "id": 1} for record in RECORDS]
     assert read_records(renamed, {"prompt": "question", "completion": "answer"}) == [{**record, "id": 1} for record in RECORDS]
     assert task(renamed, columns={"prompt": "question", "completion": "answer"}).data == task().data
+    for row in ({"question": "q", "prompt": "p", "completion": "c"}, {"prompt": "p", "question": "q", "completion": "c"}):
+        assert read_records([row], {"prompt": "question"}) == [{"prompt": "q", "completion": "c"}]
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert read_records([{"prompt": "a", "completion": "b"}], swapped) == [{"prompt": "b", "completion": "a"}]
+    lines = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in lines), encoding="utf-8", newline="")
+    assert read_records(tmp_path / "b.jsonl") == lines
     with pytest.raises(FileNotFoundError, match=r"there are no examples at 'nowhere.jsonl': give a .jsonl, .json or .parquet file"):
         read_records("nowhere.jsonl")
     (tmp_path / "a.csv").write_text("a")

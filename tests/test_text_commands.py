@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import islice
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def home(tmp_path_factory):
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.view={layer:1}"]),
         ("mlp", "MLPGate", ["gate.hidden=[8]", "gate.k=1", "gate.init=uniform"]),
         ("prototypes", "Prototypes", ["gate.k=1"]),
+        ("prototypes", "Prototypes", ["gate.view={layer:1}"]),
         ("arrow", "Arrow", ["gate.k=1"]),
         ("constant", "ConstantGate", []),
     ],
@@ -65,6 +67,23 @@ def test_every_gate_is_made_reported_kept_and_made_again(home, monkeypatch, caps
     assert sb.rebuild(ref, bank).equal
     loaded = sb.load(ref, bank)
     assert len(sb.complete(loaded, ["double ab:", "reverse abc:"], max_new_tokens=3)) == 2
+
+
+def test_padding_does_not_count_in_what_a_gate_has_seen(home, monkeypatch):
+    monkeypatch.chdir(home)
+    bank, found = sb.Bank("bank"), {}
+    skills = ["task.name=both", "task.data=double.jsonl", "skills=[reverse,double]", "report=false"]
+    for gate in ("mlp", "prototypes"):
+        untrained = ["gate.view={tokens:true}", "fit.steps=0", "episodes=0"]
+        ref = compose(composed("compose", *FEW, *skills, f"name=padded-{gate}", f"gate={gate}", *untrained))
+        found[gate] = bank.get(ref).tensors
+    words, contexts = sb.load("base", bank).net.get_input_embeddings(), {}
+    for name, count in (("double", 8), ("reverse", 8), ("both", 40)):
+        batches = task_of({"both": ref}.get(name, name), bank).batches(batch_size=8, seed=0)(0)
+        contexts[name] = torch.cat([words(batch["input_ids"][batch["attention_mask"] > 0]) for batch in islice(batches, count)]).detach()
+    torch.testing.assert_close(found["mlp"]["mean"], contexts["both"].mean(0))
+    torch.testing.assert_close(found["mlp"]["deviation"], contexts["both"].std(0))
+    torch.testing.assert_close(found["prototypes"]["places"], torch.stack([contexts["reverse"].mean(0), contexts["double"].mean(0)]))
 
 
 def test_weights_of_a_merge_are_searched_for(home, monkeypatch):

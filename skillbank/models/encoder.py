@@ -33,7 +33,8 @@ class Classifier(Pretrained):
         tokenizer: of a model that starts anew, as `skillbank.tokenizer.kept` gives it.
         tokens: a gate weights every token by itself.
         revision: of the repository.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: compute activations again in the backward pass instead of keeping them, in train mode: under a gate, whose base stays in eval
+            mode, it changes nothing.
         options: of `from_pretrained`: `dtype`, `quantization_config`, `attn_implementation`, `ignore_mismatched_sizes`.
 
     Raises:

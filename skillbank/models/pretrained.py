@@ -25,7 +25,8 @@ class Pretrained(nn.Module):
             its `model_type`.
         tokenizer: of a model that starts anew, as `skillbank.tokenizer.kept` gives it.
         revision: of the repository.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: compute activations again in the backward pass instead of keeping them, in train mode: under a gate, whose base stays in eval
+            mode, it changes nothing.
         options: of `from_pretrained`.
         config: entries of the configuration, whatever it comes from.
 

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, N new tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -38,7 +39,8 @@ class CausalLM(Pretrained):
         layer: how many blocks come before what a gate sees; None for the input embeddings.
         generation: of `net.generate`, over what the net's own generation config says; `max_new_tokens` is 32 unless given.
         revision: of the repository.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: compute activations again in the backward pass instead of keeping them, in train mode: under a gate, whose base stays in eval
+            mode, it changes nothing.
         options: of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `gguf_file`, `attn_implementation`.
 
     Raises:
@@ -90,6 +92,8 @@ class CausalLM(Pretrained):
         targets = labels[:, 1:]
         if "segments" in batch:  # nothing comes before the first token of an example
             targets = targets.masked_fill(batch["segments"][:, 1:] != batch["segments"][:, :-1], IGNORED)
+        elif "attention_mask" in batch:  # nor before that of a row
+            targets = targets.masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORED)
         each = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         if "segments" not in batch:
             return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
@@ -119,7 +123,7 @@ class CausalLM(Pretrained):
             return hidden
         if "segments" in batch:
             same = _same(batch["segments"])
-            asked = same & (batch["labels"] == IGNORED)[:, None]
+            asked = same & (batch["labels"] == IGNORED)[:, None] if "labels" in batch else same
             seen = torch.where(asked.any(-1, keepdim=True), asked, same).to(hidden.dtype)
             return seen @ hidden / seen.sum(-1, keepdim=True)
         return mean_over(prompt_mask(batch), hidden)
@@ -135,7 +139,12 @@ class CausalLM(Pretrained):
 
     def _alone(self, batch: Batch) -> dict[str, Tensor]:
         """What makes the net see rows without their padding, and examples apart."""
-        return {"attention_mask": _mask(batch)} if "segments" not in batch else _apart(batch["segments"], self.net.dtype)
+        if "segments" in batch:
+            return _apart(batch["segments"], self.net.dtype)
+        mask = _mask(batch)
+        if "attention_mask" not in batch or "position_ids" not in inspect.signature(self.net.forward).parameters:
+            return {"attention_mask": mask}
+        return {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}  # as `generate` counts
 
     @torch.no_grad()
     def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
@@ -157,7 +166,8 @@ class CausalLM(Pretrained):
         order = mask.long().argsort(dim=1, stable=True)[:, -longest:]  # padding first
         ids, mask = batch["input_ids"].gather(1, order), mask.gather(1, order).long()
         config = self.net.generation_config
-        given = [self.generation.get("pad_token_id"), config.pad_token_id, config.eos_token_id, 0]
+        ends = self.generation.get("eos_token_id", config.eos_token_id)
+        given = [self.generation.get("pad_token_id"), config.pad_token_id, *(ends if isinstance(ends, list) else [ends]), 0]
         pad = next(value for value in given if isinstance(value, int))
         self._looks_at, self._saw = {"input_ids": ids, "attention_mask": mask}, None
         options = {**self.generation, "pad_token_id": pad, "max_new_tokens": new}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skillbank.attach import detach, factors, fresh, plain_modules
 from skillbank.layers import matrix
+from skillbank.mixture import Mixed
 from skillbank.model import SEED_STRIDE, Batch, Batches, ModelModule
 from skillbank.runtime.fused import gated_linear, unfuse
 from skillbank.runtime.products import quicken
@@ -38,7 +39,7 @@ class Together(nn.Module):
         targets: as for `fresh`; linear layers.
 
     Raises:
-        ValueError: a layer that is not linear, or numbers of seeds, ranks and scales that differ.
+        ValueError: a model without such losses, or with skills, a layer that is not linear, or numbers of seeds, ranks and scales that differ.
 
     """
 
@@ -55,6 +56,8 @@ class Together(nn.Module):
         targets: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, Mixed):
+            raise ValueError(f"{type(model).__name__} has skills on its net, whose place the new ones would take: give the base by itself")
         if not callable(getattr(model, "losses", None)):
             raise ValueError(f"{type(model).__name__} has no losses(batch), the loss of every example: without it skills cannot be told apart")
         count = len(seeds)

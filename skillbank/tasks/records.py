@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "Record", "digest_of", "read_records"]
+__all__ = ["KINDS", "Record", "digest_of", "kind_of", "read_records"]
 
 Record = Mapping[str, Any]
 """`prompt` and `completion`, or `messages` [{role, content}, ...], or `text`, or `text` and `label`; what else is in it stays."""
@@ -42,19 +42,24 @@ def read_records(source: str | Path | Iterable[Record], columns: Mapping[str, st
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}, record {i}: a record is a mapping, got {type(row).__name__}")
-        record = {renamed.get(str(key), str(key)): value for key, value in row.items()}
+        taken = {ours for ours, theirs in (columns or {}).items() if theirs in row} - set(renamed)
+        record = {renamed.get(str(key), str(key)): value for key, value in row.items() if key not in taken}
         if wrong := _fault(record, kinds):
             raise ValueError(f"{name}, record {i}: {wrong}")
         found.append(record)
     return found
 
 
+def kind_of(record: Record, kinds: Kinds = KINDS) -> tuple[str, ...] | None:
+    """The first of the kinds that a record has all keys of; None if there is none."""
+    return next((kind for kind in kinds if all(key in record for key in kind)), None)
+
+
 def digest_of(records: Iterable[Record], kinds: Kinds = KINDS) -> str:
     """SHA-256 of what is learned from records, in their order."""
     whole = hashlib.sha256()
     for record in records:
-        kind = next(kind for kind in kinds if all(key in record for key in kind))
-        whole.update(json.dumps([record[key] for key in kind], sort_keys=True).encode() + b"\n")
+        whole.update(json.dumps([record[key] for key in kind_of(record, kinds) or ()], sort_keys=True).encode() + b"\n")
     return whole.hexdigest()
 
 
@@ -71,7 +76,7 @@ def _rows(source: str) -> list[Any]:
         return list(_parsed(path.read_text(encoding="utf-8"), source))
     if path.suffix != ".jsonl":
         raise ValueError(f"{source!r} is none of .jsonl, .json and .parquet: save the records in one of them")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 within a text, too
     return [_parsed(line, f"{source}, line {i + 1}") for i, line in enumerate(lines) if line.strip()]
 
 
@@ -92,7 +97,7 @@ def _datasets() -> Any:
 
 def _fault(record: Record, kinds: Kinds) -> str | None:
     """What is wrong with a record, if anything is."""
-    kind = next((kind for kind in kinds if all(key in record for key in kind)), None)
+    kind = kind_of(record, kinds)
     if kind is None:
         *others, last = (" and ".join(kind) for kind in kinds)
         wanted = f"{', '.join(others)} or {last}" if others else last

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skillbank.bank import Bank
 from skillbank.model import Batch, Batches, Model, Recorded, evaluating, on, shown
-from skillbank.tasks.records import KINDS, Record, digest_of, read_records
+from skillbank.tasks.records import KINDS, Record, digest_of, kind_of, read_records
 from skillbank.tasks.tokens import Encoded, asked, encoded, tokenizer_of
 from skillbank.tokenizer import kept
 
@@ -149,7 +149,7 @@ class TextTask:
 
     @torch.no_grad()
     def evaluate(self, model: Model, *, seed: int = 0, episodes: int | None = None) -> dict[str, float]:
-        """Share of records that are answered exactly (blanks at both ends aside), their loss, and their number.
+        """Share of records that are answered exactly (blanks at both ends aside), of those that ask something; the loss and the number of all.
 
         Args:
             model: that answers.
@@ -157,7 +157,7 @@ class TextTask:
             episodes: take the first this many; None takes all.
 
         Raises:
-            ValueError: there are no records to evaluate, or those are plain text, which asks nothing.
+            ValueError: there are no records to evaluate.
 
         """
         records = self.test[:episodes]
@@ -174,10 +174,11 @@ class TextTask:
 
     def _share(self, model: Model, records: Sequence[Record]) -> dict[str, float]:
         """Share of records that a model gets right, by the name of the metric; nothing where there is no right or wrong."""
-        if "text" in records[0]:
+        asking = [record for record in records if kind_of(record) != ("text",)]
+        if not asking:
             return {}
-        answers = self.answers(model, records)
-        return {"exact": sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, records, strict=True)) / len(records)}
+        answers = self.answers(model, asking)
+        return {"exact": sum(given.strip() == answer_of(record).strip() for given, record in zip(answers, asking, strict=True)) / len(asking)}
 
     def by(self, key: str) -> dict[str, TextTask]:
         """Tasks that evaluate the records with the same value of a key, by that value.
@@ -196,10 +197,14 @@ class TextTask:
         return groups
 
     def answers(self, model: Model, records: Sequence[Record], *, batch_size: int = 64) -> list[str]:
-        """What the model says to each record's prompt, as long as the longest right answer at most."""
-        new = max(len(self.tokenizer(answer_of(record), add_special_tokens=False).input_ids) for record in records) + 1
-        asks = [asked(self.tokenizer, record) for record in records]
-        return complete(model, asks, tokenizer=self.tokenizer, batch_size=batch_size, max_new_tokens=new)
+        """What the model says to each record's prompt, as long as the longest right answer of those asked at once, and its end, at most."""
+        new = [len(self.tokenizer(answer_of(record), add_special_tokens=False).input_ids) + 1 for record in records]
+        asks, found = [asked(self.tokenizer, record) for record in records], [""] * len(records)
+        for some in _groups([max(len(ask), 1) for ask in asks], new):
+            options = {"tokenizer": self.tokenizer, "batch_size": batch_size, "max_new_tokens": max(new[i] for i in some)}
+            for i, said in zip(some, complete(model, [asks[i] for i in some], **options), strict=True):
+                found[i] = said
+        return found
 
     def record(self, model: Model) -> Recorded:
         """Weights that a gate gives for the records that evaluate, at most 100 of them, (E, K); for tokens, their mean."""
@@ -231,9 +236,22 @@ class TextTask:
 
 def answer_of(record: Record) -> str:
     """What a record wants to hear."""
-    if "completion" in record:
+    if kind_of(record) == ("prompt", "completion"):
         return str(record["completion"])
     return str(next(turn["content"] for turn in reversed(record["messages"]) if turn["role"] == "assistant"))
+
+
+def _groups(prompts: Sequence[int], answers: Sequence[int]) -> Iterator[list[int]]:
+    """Records in groups whose longest prompt and longest answer are together no longer than one record by itself is at most."""
+    longest = max(map(sum, zip(prompts, answers, strict=True)))
+    some, prompt = list[int](), 0
+    for i in sorted(range(len(prompts)), key=lambda i: answers[i]):
+        prompt = max(prompt, prompts[i])
+        if prompt + answers[i] > longest:
+            yield some
+            some, prompt = [], prompts[i]
+        some.append(i)
+    yield some
 
 
 def rows_of(examples: Sequence[Encoded], tokenizer: Any) -> dict[str, Tensor]:

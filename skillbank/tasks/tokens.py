@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skillbank.bank import Bank, Base, Checkpoint
-from skillbank.tasks.records import Record
+from skillbank.tasks.records import Record, kind_of
 from skillbank.tokenizer import byte_tokenizer, restored
 
 __all__ = ["Encoded", "asked", "encoded", "tokenizer_of"]
@@ -64,9 +64,10 @@ def tokenizer_of(where: str, bank: Bank | str | Path = "adapters") -> Any:
 
 def asked(tokenizer: Any, record: Record) -> list[int]:
     """Tokens of what a record asks: its prompt, the conversation before the last answer, or the start of a plain text."""
-    if "prompt" in record and "completion" in record:
+    kind = kind_of(record)
+    if kind == ("prompt", "completion"):
         return [*_start(tokenizer), *_plain(tokenizer, record["prompt"])]
-    if "messages" in record:
+    if kind == ("messages",):
         turns = record["messages"]
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         return _chat(tokenizer, turns[:last], ask=True)
@@ -81,10 +82,11 @@ def encoded(tokenizer: Any, record: Record) -> Encoded:
 
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "messages" in record and not ("prompt" in record and "completion" in record):
+    kind = kind_of(record)
+    if kind == ("messages",):
         return _conversation(tokenizer, record["messages"])
     prompt = asked(tokenizer, record)
-    answer = [*_plain(tokenizer, record.get("completion", record.get("text"))), *end]
+    answer = [*_plain(tokenizer, record["text" if kind == ("text",) else "completion"]), *end]
     return Encoded(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
