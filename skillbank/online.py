@@ -19,6 +19,7 @@ import torch
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from torch import nn
 
@@ -111,6 +112,7 @@ def reinforce(
             seed=seed,
             device="cpu",
         )
+        algorithm.set_logger(Logger(None, []))  # its own leaves a folder behind
         mean = nn.ModuleList([algorithm.policy.mlp_extractor.policy_net, algorithm.policy.action_net])
         _copy(gate, mean, 1 / gate.divisor)
         algorithm.learn(ceil(steps / (task.execute or task.horizon)), progress_bar=progress)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 
 import gymnasium
 import numpy as np
@@ -107,7 +108,9 @@ def test_it_beats_the_best_constant_weights_and_leaves_the_rest_alone(task):
 
 
 @pytest.mark.parametrize("init", ["uniform", "official"])
-def test_the_gate_is_the_mean_of_ppo(task, init):
+def test_the_gate_is_the_mean_of_ppo_which_leaves_no_files(task, init, tmp_path, monkeypatch):
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     composed = halves(init=init)
     start = composed.gate.body[0].weight.clone()
     done = reinforce(composed, task(), steps=512, **FAST)
@@ -115,6 +118,7 @@ def test_the_gate_is_the_mean_of_ppo(task, init):
     actions, _ = done.algorithm.predict(composed.gate.standardised(contexts).numpy(), deterministic=True)
     assert not torch.equal(composed.gate.body[0].weight, start)
     torch.testing.assert_close(composed.gate(contexts).detach(), torch.from_numpy(actions), rtol=0, atol=1e-6)
+    assert not [*temporary.iterdir()]
 
 
 def test_it_starts_where_the_gate_is(task):
