@@ -311,7 +311,7 @@ def metrics(folder):
 def test_mistakes_are_answered_without_a_traceback(home, command, script, arguments, message):
     if "device=cuda" in message and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    before = sorted((home / "bank").rglob("*"))
+    before, trained = sorted((home / "bank").rglob("*")), sorted(home.rglob("metrics.jsonl"))
     given = {each.split("=")[0].lstrip("+") for each in arguments}
     others = [each for each in common("walk") if each.split("=")[0].lstrip("+") not in given]
     code, _, err = command(home, script, *arguments, *others)
@@ -319,6 +319,8 @@ def test_mistakes_are_answered_without_a_traceback(home, command, script, argume
     assert re.search(message, err), err
     assert "Traceback" not in err
     assert sorted((home / "bank").rglob("*")) == before
+    if "task.environment" not in given:  # which is looked for when the model is evaluated
+        assert sorted(home.rglob("metrics.jsonl")) == trained
 
 
 def start(folder, script, *arguments):
