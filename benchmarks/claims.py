@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import psec_ablations, psec_continual, psec_dynamics, psec_safe, psec_safe_bullet
+from benchmarks.bootstrap import resampled
 from skillbank.report import markdown
 
 Seeds = list[list[float]]
@@ -63,8 +64,8 @@ class Comparison:
     def interval(self, repeats: int = 4000) -> tuple[float, float]:
         """95 % bootstrap interval of the effect."""
         generator = np.random.default_rng(0)
-        lower = psec_continual.resampled(self.lower, repeats, generator) if isinstance(self.lower, list) else self.lower
-        low, high = np.quantile(psec_continual.resampled(self.higher, repeats, generator) - lower, [0.025, 0.975])
+        lower = resampled(self.lower, repeats, generator) if isinstance(self.lower, list) else self.lower
+        low, high = np.quantile(resampled(self.higher, repeats, generator) - lower, [0.025, 0.975])
         return float(low), float(high)
 
     @property

@@ -32,6 +32,7 @@ from torch import nn
 
 import skillbank as sb
 from benchmarks import psec_continual, stored
+from benchmarks.bootstrap import interval
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import BASE, MORE, ROOT, SCENARIOS, Level, Study, compute
 from skillbank.model import Model, ModelModule
@@ -175,7 +176,7 @@ def table(results: list[dict[str, Any]]) -> str:
     names = {each["name"].rpartition("/")[2] for each in own}
     for row in sorted(names, key=lambda name: [part.zfill(2) for part in name.split("-")]):
         found = sorted((each for each in own if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
-        low, high = psec_continual.interval([each["returns"] for each in found])
+        low, high = interval([each["returns"] for each in found])
         mean = sum(each["mean"] for each in found) / len(found)
         per_seed = " ".join(f"{each['mean']:.0f}" for each in found)
         lines.append({"row": row, "mean": f"{mean:.0f}", "95 %": f"{low:.0f}..{high:.0f}", "per seed": per_seed})

@@ -10,9 +10,7 @@ is chosen by these returns: every recipe is fixed in conf/, and what was tuned w
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -29,12 +27,12 @@ from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
-from numpy.typing import NDArray
 
 import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import stored
+from benchmarks.bootstrap import interval
 from benchmarks.levels import ActionLevel, NoiseLevel
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -294,25 +292,6 @@ def compute(
     }
 
 
-def resampled(per_seed: list[list[float]], repeats: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Means when seeds are drawn with replacement, and episodes within each, (repeats,)."""
-    lengths = np.array([len(each) for each in per_seed])
-    values = np.zeros((len(per_seed), lengths.max()))
-    for seed, each in enumerate(per_seed):
-        values[seed, : len(each)] = each
-    seeds = generator.integers(0, len(per_seed), (repeats, len(per_seed)))
-    episodes = (generator.random((*seeds.shape, lengths.max())) * lengths[seeds][..., None]).astype(int)
-    counted = np.arange(lengths.max()) < lengths[seeds][..., None]
-    means: NDArray[np.float64] = ((values[seeds[..., None], episodes] * counted).sum(-1) / lengths[seeds]).mean(-1)
-    return means
-
-
-def interval(per_seed: list[list[float]], repeats: int = 4000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds and episodes (arXiv 2108.13264)."""
-    low, high = np.quantile(resampled(per_seed, repeats, np.random.default_rng(0)), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Mean, interquartile mean and interval per row, the paper's figure and the demonstrations' own return beside them."""
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -380,11 +359,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from-results", action="store_true", help="print what is stored and compute nothing")
+    parser = stored.parser(__doc__, "one cell of each row with a few steps")
     parser.add_argument("--summary", action="store_true", help="print a table of the means alone")
-    parser.add_argument("--quick", action="store_true", help="one cell of each row with a few steps; stores nothing")
-    parser.add_argument("--json", type=Path, help="also write the result rows here")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     stored.study_options(parser, ROWS, 3)
@@ -402,8 +378,6 @@ def main() -> None:
         stored.complete(RESULTS, wanted, lambda row: f"{row['mean']:.0f} {row['returns']}")
         results = read_results()
     print(summary(results) if options.summary else table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + os.linesep)
 
 
 if __name__ == "__main__":

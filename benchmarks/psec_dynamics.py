@@ -34,7 +34,8 @@ import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import stored
-from benchmarks.psec_continual import interval, tuned
+from benchmarks.bootstrap import interval
+from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
 from skillbank.report import markdown

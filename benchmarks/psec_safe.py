@@ -34,9 +34,10 @@ import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import bullet_environment, stored
+from benchmarks.bootstrap import interval
 from benchmarks.example_safe import COST, CRITIC, NET, REWARD, SKILL, STEPS
 from benchmarks.levels import ActionLevel, NoiseLevel
-from benchmarks.psec_continual import interval, tuned
+from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
 from skillbank.models.critics import BestOf, Critic

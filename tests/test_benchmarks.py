@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import stored
+from benchmarks.bootstrap import interval
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
-from benchmarks.psec_continual import interval
 from skillbank import Composed, ConstantGate, attach, check_model, merge
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy
 
