@@ -71,7 +71,7 @@ def test_a_skill_without_an_effect():
     batches = batches_of(model, Skill({name: (a, 0 * b) for name, (a, b) in skill.factors.items()}))
     with pytest.raises(ValueError, match="the skill has no effect to keep: the loss is 0 without it"):
         graft(model, skill, batches)
-    with pytest.raises(ValueError, match=r"got 0 batches and keep=0\.95"):
+    with pytest.raises(ValueError, match=r"got 0 batches, steps=8 and keep=0\.95"):
         graft(model, skill, [])
     with pytest.raises(ValueError, match=r"a share to keep in \(0, 1\]; got 2 batches, steps=8 and keep=1.5"):
         graft(model, skill, batches, keep=1.5)
