@@ -124,10 +124,16 @@ def test_the_same_number_of_another_version_is_a_conflict(bank, url, tmp_path):
     assert {path: data for path, data in contents(other).items() if path in before} == before
 
 
-def test_aliases_go_on_from_each_other_or_conflict(bank, url, tmp_path):
+@pytest.fixture
+def other(bank, url, tmp_path):
+    """Another bank, which has what the first one pushed."""
     bank.push(url)
     other = Bank(tmp_path / "other-bank")
     other.pull(url)
+    return other
+
+
+def test_aliases_go_on_from_each_other_or_conflict(bank, other, url):
     other.alias("walker/walk", "best", 2)
     other.push(url)
     bank.pull(url)
@@ -143,10 +149,7 @@ def test_aliases_go_on_from_each_other_or_conflict(bank, url, tmp_path):
     assert contents(other) == before
 
 
-def test_independent_moves_of_aliases_join(bank, url, tmp_path):
-    bank.push(url)
-    other = Bank(tmp_path / "other-bank")
-    other.pull(url)
+def test_independent_moves_of_aliases_join(bank, other, url):
     bank.alias("walker/walk", "first", 1)
     bank.push(url)
     other.alias("walker/walk", "second", 2, protect=True)
@@ -160,10 +163,7 @@ def test_independent_moves_of_aliases_join(bank, url, tmp_path):
     assert bank.push(url) == []
 
 
-def test_the_protection_of_an_alias_is_not_lost(bank, url, tmp_path):
-    bank.push(url)
-    other = Bank(tmp_path / "other-bank")
-    other.pull(url)
+def test_the_protection_of_an_alias_is_not_lost(bank, other, url):
     other.alias("walker/walk", "best", 1, protect=True)
     other.push(url)
     for version in (1, None):
@@ -199,10 +199,7 @@ def test_what_appears_meanwhile_is_not_written_over(bank, url, tmp_path):
     assert copy.verify() == []
 
 
-def test_an_alias_that_is_moved_meanwhile_stays(bank, url, tmp_path):
-    bank.push(url)
-    other = Bank(tmp_path / "other-bank")
-    other.pull(url)
+def test_an_alias_that_is_moved_meanwhile_stays(bank, other, url):
     bank.alias("walker/walk", "mine", 1)
     other.alias("walker/walk", "theirs", 2, protect=True)
     if url.startswith("hf:"):
