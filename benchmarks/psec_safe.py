@@ -225,13 +225,13 @@ class Study:
 
     def level(self, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
         """NSEC and ASEC: a gate over base and skills, trained on the squared error of the sampled action, in batches of 64."""
-        _, model, skills, _ = skills_on_base(self.bank, self.skills())
+        _, model, skills, refs = skills_on_base(self.bank, self.skills())
         torch.manual_seed(self.seed)
         level, task = kind(cast("DiffusionPolicy", model), skills), self.task("_safe")
         batches = task.batches(batch_size=64, seed=self.seed)
         cast("sb.MLPGate", level.gate).standardise(torch.cat([batch["observation"] for batch in islice(batches(0), 40)]))
         steps = 3 if self.quick else STEPS["gate"]
-        made_from = stored.key([self.bank.card(ref).hash for ref in self.skills()], task.data)
+        made_from = stored.key([self.bank.card(ref).hash for ref in refs], task.data)
         folder = self.folder / kind.__name__ / self.name / f"seed-{self.seed}" / made_from
         options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)

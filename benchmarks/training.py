@@ -48,6 +48,7 @@ def stepping(
     model: nn.Module, params: Sequence[nn.Parameter], batch: dict[str, Tensor], *, fused: bool = True, compiled: bool = False
 ) -> Callable[[], None]:
     """One step as `fit` takes it."""
+    model.train()
     loss_of = compiled_loss(model) if compiled else model
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=fused or None)
     shadow, average = [p.detach().clone() for p in params], get_ema_multi_avg_fn(0.999)
