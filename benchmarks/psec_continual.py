@@ -37,6 +37,7 @@ from benchmarks.levels import ActionLevel, NoiseLevel
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
 from skillbank.models.diffusion import DiffusionPolicy
+from skillbank.recipe import run_key
 from skillbank.report import markdown
 from skillbank.tasks.control import ControlTask
 from skillbank.tasks.demonstrations import load_demonstrations
@@ -185,7 +186,7 @@ class Study:
         level, task = self.untrained(scenario, kind), self.task(SCENARIOS[scenario][0])
         steps = 5 if self.overrides else 1001
         batches = task.batches(batch_size=8 if self.overrides else batch_size, seed=self.seed)
-        made_from = stored.key([self.bank.card(ref).hash for ref in self.paper_skills(scenario)], task.data, batch_size)
+        made_from = run_key([self.bank.card(ref).hash for ref in self.paper_skills(scenario)], task.data, batch_size)
         folder = self.folder / label / self.setting / f"seed-{self.seed}" / scenario / made_from
         options: dict[str, Any] = {"schedule": "constant", "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)

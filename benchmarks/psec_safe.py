@@ -42,6 +42,7 @@ from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
 from skillbank.models.critics import BestOf, Critic
 from skillbank.models.diffusion import DiffusionPolicy
+from skillbank.recipe import run_key
 from skillbank.report import markdown
 from skillbank.tasks.offline import OfflineTask
 
@@ -214,7 +215,7 @@ class Study:
         conf = self.conf("train", *NET, f"fit.steps={STEPS['base']}")
         torch.manual_seed(self.seed)
         policy: DiffusionPolicy = instantiate(conf.model, **task.dimensions, _convert_="all")
-        folder = self.folder / "feasible" / self.name / f"seed-{self.seed}" / stored.key([self.bank.card(ref).hash for ref in critics], task.data)
+        folder = self.folder / "feasible" / self.name / f"seed-{self.seed}" / run_key([self.bank.card(ref).hash for ref in critics], task.data)
         batches = task.batches(batch_size=conf.batch_size, seed=self.seed)
         sb.fit(policy, batches, policy.parameters(), steps=conf.fit.steps, lr=conf.fit.lr, seed=self.seed, folder=folder)
         return policy
@@ -231,7 +232,7 @@ class Study:
         batches = task.batches(batch_size=64, seed=self.seed)
         cast("sb.MLPGate", level.gate).standardise(torch.cat([batch["observation"] for batch in islice(batches(0), 40)]))
         steps = 3 if self.quick else STEPS["gate"]
-        made_from = stored.key([self.bank.card(ref).hash for ref in refs], task.data)
+        made_from = run_key([self.bank.card(ref).hash for ref in refs], task.data)
         folder = self.folder / kind.__name__ / self.name / f"seed-{self.seed}" / made_from
         options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)

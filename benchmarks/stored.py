@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import platform
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-__all__ = ["by_threads", "commit", "complete", "key", "load", "parser", "so_far", "store", "study_options", "where"]
+__all__ = ["by_threads", "commit", "complete", "load", "parser", "so_far", "store", "study_options", "where"]
 
 Row = dict[str, Any]
 
@@ -59,11 +58,6 @@ def complete(path: Path, cells: Iterable[tuple[str, int, Callable[[], Row]]], sa
             if not there(name, seed):  # others may have computed the same meanwhile
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-
-
-def key(*made_from: object) -> str:
-    """Short name of what a run is made of, such as hashes of skills and data: a run of another makes another folder."""
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def store(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

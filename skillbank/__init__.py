@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from skillbank.merge import dense_merge, merge, merge_adapters
     from skillbank.mixture import Composed
     from skillbank.model import Model, Task, check_model
-    from skillbank.recipe import rebuild
+    from skillbank.reproduce import rebuild
     from skillbank.runtime.slots import Slots
     from skillbank.runtime.together import Together, together_batches
     from skillbank.search import duplicates, overlap, similar
@@ -62,7 +62,7 @@ _HOME = {
     "merge": ["dense_merge", "merge", "merge_adapters"],
     "mixture": ["Composed"],
     "model": ["Model", "Task", "check_model"],
-    "recipe": ["rebuild"],
+    "reproduce": ["rebuild"],
     "runtime.slots": ["Slots"],
     "runtime.together": ["Together", "together_batches"],
     "search": ["duplicates", "overlap", "similar"],

@@ -1,4 +1,4 @@
-"""From a configuration to a version: what `train.py` and `compose.py` do, and what `rebuild` does again.
+"""From a configuration to a version: what `train.py` and `compose.py` do.
 
 A configuration is the resolved content of conf/train.yaml or conf/compose.yaml; it is kept in the card of what was made from it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skillbank.attach import attach, fresh, read
-from skillbank.bank import Bank, Base, Card, Composition, Ref
-from skillbank.bank.card import tool_versions
+from skillbank.bank import Bank, Base, Composition, Ref
 from skillbank.bank.refs import check_name
 from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
@@ -35,10 +33,10 @@ from skillbank.model import ModelModule, Task, contexts
 from skillbank.routers import Prototypes
 from skillbank.runtime.fused import fuse
 from skillbank.runtime.products import quicken
-from skillbank.skill import Skill, distance, stack
+from skillbank.skill import Skill, stack
 from skillbank.statistics import start_from_inputs
 
-__all__ = ["Made", "Rebuilt", "compose", "composition_name", "merge_versions", "rebuild", "task_of", "train"]
+__all__ = ["Made", "compose", "composition_name", "exact_conf", "merge_versions", "run_key", "task_of", "train"]
 
 Conf = Mapping[str, Any]
 
@@ -182,7 +180,7 @@ def _online() -> Any:
 
 def _weighted(conf: Conf, bank: Bank) -> tuple[Conf, Task, list[str], dict[str, float]]:
     """The task, its examples weighted if the configuration names a critic: (configuration with exact references, task, references, metrics)."""
-    conf = _exact(conf, bank)
+    conf = exact_conf(conf, bank)
     task = _task(conf, bank)
     if conf.get("critic") is None:
         return conf, task, [], {}
@@ -258,85 +256,6 @@ def merge_versions(
     return skill, fields if base is None else {**fields, "base": base["ref"] or {"name": base["name"]}}
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """How a version that was made again compares with the one in the bank.
-
-    Args:
-        ref: exact reference.
-        differences: what is not bit-equal, of the metrics of a merge what differs by more than rounding: `{part: size of the difference over the
-            size of what is stored}`, infinite where one side lacks a part or has another shape or dtype; a part is a module, a tensor or a metric.
-        changed: what has changed since it was made, and may be why: data sets by hash, tools by version.
-
-    """
-
-    ref: Ref
-    differences: dict[str, float]
-    changed: dict[str, str]
-
-    @property
-    def equal(self) -> bool:
-        """Whether every bit is the same."""
-        return not self.differences
-
-
-def rebuild(ref: str | Ref, bank: Bank) -> Rebuilt:
-    """Make a version again from its card and compare; nothing is put into the bank.
-
-    The same bits can be expected on the same kind of machine with the same versions of the tools and the same number of threads.
-
-    Raises:
-        UnknownRef: no such version, or one that it stands on is gone.
-        ValueError: its card has no configuration, because `train` and `compose` did not make it.
-
-    """
-    exact = bank.resolve(ref)
-    card, stored = bank.card(exact), bank.get(exact)
-    parents = [parent["ref"] for parent in card.parents]
-    if isinstance(stored, Skill) and "certificate" in card.conf:
-        again, _ = merge_versions(parents, bank, **card.conf["merge"])
-        return Rebuilt(exact, {} if stored.fingerprint == again.fingerprint else distance(stored, again), _changed(card, {}))
-    if not {"task", "seed"} <= set(card.conf) or not {"model", "skills"} & set(card.conf):
-        raise ValueError(
-            f"the card of {str(exact)!r} has no configuration: only what train.py, compose.py and `skillbank merge` made can be made again"
-        )
-    conf = {**_exact(card.conf, bank, card.base and card.base["ref"]), "logger": {}, "name": exact.name}
-    if card.kind == "composition":
-        made = compose({**conf, "skills": parents}, bank, resume=False)
-    else:
-        made = train({**conf, "base": card.base and card.base["ref"], "start": parents}, bank, resume=False)
-    return Rebuilt(exact, _differences(stored, made, card), _changed(card, made.card["data"]))
-
-
-def _differences(stored: object, made: Made, card: Card) -> dict[str, float]:
-    if isinstance(stored, Skill):
-        assert isinstance(made.thing, Skill)
-        return {} if stored.fingerprint == made.thing.fingerprint else distance(stored, made.thing)
-    if isinstance(stored, Composition) and stored.merge is not None:
-        now = made.card["metrics"]
-        then = {key: card.metrics.get(key, math.nan) for key in now}
-        return {key: abs(now[key] - then[key]) for key in now if not math.isclose(now[key], then[key], rel_tol=1e-9)}
-    assert isinstance(stored, Base | Composition)
-    assert isinstance(made.thing, Base | Composition)
-    return _apart(stored.tensors, made.thing.tensors)
-
-
-def _apart(stored: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str, float]:
-    found = dict.fromkeys(sorted(stored.keys() ^ made.keys()), math.inf)
-    for name in sorted(stored.keys() & made.keys()):
-        old, new = stored[name], made[name].to(stored[name].device)
-        alike = (old.dtype, old.shape) == (new.dtype, new.shape)
-        if not (alike and torch.equal(old, new)):
-            found[name] = float((new.double() - old.double()).norm() / old.double().norm().clamp_min(1e-30)) if alike else math.inf
-    return found
-
-
-def _changed(card: Card, data: Mapping[str, str]) -> dict[str, str]:
-    tools = tool_versions()
-    found = {name: f"{old[:12]} is {data.get(name, 'gone')[:12]}" for name, old in card.data.items() if data.get(name) != old}
-    return found | {tool: f"{old} is {tools.get(tool, 'gone')}" for tool, old in card.tools.items() if tools.get(tool) != old}
-
-
 def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, folder: Path | None) -> dict[str, float]:
     """Train, and return the last row of the metrics."""
     result: Fit = fit(
@@ -356,9 +275,12 @@ def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, fol
 def _folder(kind: str, name: str, conf: Conf, keys: Sequence[str], bank: Bank, made_from: Sequence[str], task: Task) -> Path:
     """Folder of a run under runs/: the same command finds the same folder again and resumes, any other gets a new one."""
     chosen = {key: conf.get(key) for key in keys} | {"fit": {key: value for key, value in conf["fit"].items() if key != "compile"}}  # same losses
-    everything = [chosen, [bank.card(ref).hash for ref in made_from], task.data]
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
-    return Path("runs") / kind / name / key[:10]
+    return Path("runs") / kind / name / run_key(chosen, [bank.card(ref).hash for ref in made_from], task.data)
+
+
+def run_key(*made_from: object) -> str:
+    """Short name of what a run is made of, plain values such as hashes of skills and data: a run of another makes another folder."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def task_of(ref: str | Ref, bank: Bank) -> Task:
@@ -372,10 +294,10 @@ def task_of(ref: str | Ref, bank: Bank) -> Task:
     card = bank.card(ref)
     if "task" not in card.conf:
         raise ValueError(f"the card of {str(ref)!r} names no task: only train.py and compose.py write one there; give another version's, or examples")
-    return _task(_exact(card.conf, bank, card.base and card.base["ref"]), bank)
+    return _task(exact_conf(card.conf, bank, card.base and card.base["ref"]), bank)
 
 
-def _exact(conf: Conf, bank: Bank, base: str | None = None) -> Conf:
+def exact_conf(conf: Conf, bank: Bank, base: str | None = None) -> Conf:
     """The configuration, its task with exact references; `base` is that of a card, whose task may name it without number."""
     task, own = dict(conf["task"]), conf["task"].get("bank") == conf.get("bank")
     for key in ("tokenizer", "classes") if "bank" in task else ():

@@ -39,7 +39,7 @@ ORDER = [
     ),
     "localise",
     *("merge", "bank", "gate", "mixture", "routers", "runtime", "load", "server", "shards", "exchange", "search", "artifacts"),
-    *("progress", "fit", "learn", "kshot", "recipe", "models", "tasks", "online"),
+    *("progress", "fit", "learn", "kshot", "recipe", "reproduce", "models", "tasks", "online"),
     *("levels", "unlearn", "evaluation", "discovery", "report", "display", "cli"),
 ]
 """Reading order: at module level a part of the package imports from those before it only."""

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import skillbank as sb
-from skillbank import cli, recipe
+from skillbank import cli, recipe, reproduce
 from skillbank.bank import Ref
 from tests.test_configs import CONF, SMALL, common
 
@@ -125,7 +125,7 @@ def test_parts_that_one_side_lacks_or_has_otherwise_differ():
     stored = {"same": torch.ones(2), "gone": torch.ones(1), "dtype": torch.ones(2), "shape": torch.ones(2), "value": torch.ones(1)}
     made = {"same": torch.ones(2), "new": torch.ones(1), "dtype": torch.ones(2).double(), "shape": torch.ones(2, 1), "value": torch.zeros(1)}
     inf = float("inf")
-    assert recipe._apart(stored, made) == {"gone": inf, "new": inf, "dtype": inf, "shape": inf, "value": 1.0}
+    assert reproduce._apart(stored, made) == {"gone": inf, "new": inf, "dtype": inf, "shape": inf, "value": 1.0}
 
 
 def test_distance():

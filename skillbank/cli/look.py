@@ -189,7 +189,7 @@ def _fields(card: Card) -> dict[str, str]:
 @app.command("rebuild")
 def rebuild_(ref: RefArgument, bank: BankOption = DEFAULT, json: JsonOption = False) -> None:
     """Make a version again from its card and compare, bit for bit; exit code 1 where it differs."""
-    from skillbank.recipe import rebuild
+    from skillbank.reproduce import rebuild
 
     found = rebuild(ref, Bank(bank))
     if json:
