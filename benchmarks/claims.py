@@ -28,6 +28,8 @@ LEAST = 3
 """Seeds that a verdict takes."""
 LIMIT = 10
 """Of costs per episode, DSRL's."""
+GATES = {"gate": ("PSEC", "C5"), "gate-action": ("PSEC on the sampled action", "C5 with the other levels' loss")}
+"""Rows of `psec_safe`: what its comparisons and its claims are called."""
 
 
 @dataclass(frozen=True)
@@ -178,21 +180,22 @@ def safe() -> list[Claim]:
     return [
         Claim("C5", "With costs: PSEC keeps the limit where composed noise and actions do not, at a lower return", comparisons),
         Claim("controls of C5", "The return of the gate is above that of the rows which the paper leaves out", own),
-        *(best(task, costs, returns) for task in psec_safe.TASKS),
+        *(safe_and_above(row, task, costs, returns) for row in GATES for task in psec_safe.TASKS),
     ]
 
 
-def best(task: str, costs: Callable[[str], Seeds], returns: Callable[[str], Seeds]) -> Claim:
-    """Whether the gate keeps the limit and earns more than FISOR's weights and than each single skill that keeps it as well."""
-    gate, rivals = returns(f"{task}/gate"), {"feasible": "one policy weighted as in FISOR"}
+def safe_and_above(row: str, task: str, costs: Callable[[str], Seeds], returns: Callable[[str], Seeds]) -> Claim:
+    """Whether a gate keeps the limit and earns more than FISOR's weights and than each single skill that keeps it as well."""
+    gate, rivals = returns(f"{task}/{row}"), {"feasible": "one policy weighted as in FISOR"}
     singles = {"reward": "reward skill alone", "cost": "cost skill alone"}
-    rivals |= {row: what for row, what in singles.items() if not costs(f"{task}/{row}") or _mean(costs(f"{task}/{row}")) <= LIMIT}
+    rivals |= {single: what for single, what in singles.items() if not (found := costs(f"{task}/{single}")) or _mean(found) <= LIMIT}
+    about, name = GATES[row]
     return Claim(
-        f"C5, {task}",
-        "PSEC keeps the limit and earns more than FISOR's weights and than each single skill that keeps it",
+        f"{name}, {task}",
+        f"{about} keeps the limit and earns more than FISOR's weights and than each single skill that keeps it",
         [
-            Comparison(f"{task}: PSEC costs less than {LIMIT}", [[LIMIT - cost for cost in seed] for seed in costs(f"{task}/gate")], 0.0),
-            *(Comparison(f"{task}: PSEC earns more than {what}", gate, returns(f"{task}/{row}")) for row, what in rivals.items()),
+            Comparison(f"{task}: {about} costs less than {LIMIT}", [[LIMIT - cost for cost in seed] for seed in costs(f"{task}/{row}")], 0.0),
+            *(Comparison(f"{task}: {about} earns more than {what}", gate, returns(f"{task}/{rival}")) for rival, what in rivals.items()),
         ],
     )
 

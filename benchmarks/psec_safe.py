@@ -36,7 +36,7 @@ import train as train_entry
 from benchmarks import bullet_environment, stored
 from benchmarks.bootstrap import interval
 from benchmarks.example_safe import COST, CRITIC, NET, REWARD, SKILL, STEPS
-from benchmarks.levels import ActionLevel, NoiseLevel
+from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -224,8 +224,8 @@ class Study:
         """A gate over both skills, trained on the safe demonstrations."""
         return self.composed(f"gate-{regulariser}", "gate=mlp", f"regulariser={regulariser}", f"fit.steps={STEPS['gate']}")
 
-    def level(self, kind: type[NoiseLevel] | type[ActionLevel]) -> Model:
-        """NSEC and ASEC: a gate over base and skills, trained on the squared error of the sampled action, in batches of 64."""
+    def level(self, kind: type[NoiseLevel] | type[ActionLevel] | type[ParameterLevel]) -> Model:
+        """NSEC, ASEC and PSEC with their loss: a gate trained on the squared error of the sampled action, in batches of 64."""
         _, model, skills, refs = skills_on_base(self.bank, self.skills())
         torch.manual_seed(self.seed)
         level, task = kind(cast("DiffusionPolicy", model), skills), self.task("_safe")
@@ -282,6 +282,7 @@ ROWS = {
         partial(Study.gate, regulariser="none"),
         ("0.15 / 0.95", "0.34 / 0.22", "0.83 / 0.00", "0.36 / 0.20"),
     ),
+    "gate-action": Row("the same, trained on the sampled action", partial(Study.level, kind=ParameterLevel)),
     "gate-mean": Row("the same, regulariser *mean*", partial(Study.gate, regulariser="mean")),
     "gate-code": Row("the same, regulariser *code*", partial(Study.gate, regulariser="code")),
     "base-hot": Row("policy of all data, temperature 1", partial(Study.hot, gated=False)),
