@@ -6,11 +6,12 @@ Beside them that of parameters with the loss of the others. Shapes: B batch, D o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skillbank.gate import MLPGate
+from skillbank.gate import Init, MLPGate
 from skillbank.mixture import Composed
 from skillbank.model import Batch
 from skillbank.models.diffusion import DiffusionPolicy
@@ -20,30 +21,35 @@ __all__ = ["ActionLevel", "NoiseLevel", "ParameterLevel"]
 
 
 class _Level(nn.Module):
-    """Base and K skills on one stack; a gate weights the M = K + 1 policies that they are: the base alone, then every skill alone. A `Model`.
+    """Base and K skills on one stack; a gate weights the M policies that they are: the base alone, then every skill alone. A `Model`.
 
     Args:
         policy: the base, changed in place.
         skills: K of them.
         per_dimension: a weight for every dimension of the action, where the level has actions or noise to weight.
+        base: whether the base alone is among what is weighted.
+        init: of the gate, see `MLPGate`: `newest` says 1 for the newest member, `official` nearly 0 for all.
 
     """
 
     members: Tensor
 
-    def __init__(self, policy: DiffusionPolicy, skills: Sequence[Skill], *, per_dimension: bool = False) -> None:
+    def __init__(
+        self, policy: DiffusionPolicy, skills: Sequence[Skill], *, per_dimension: bool = False, base: bool = True, init: Init = "newest"
+    ) -> None:
         super().__init__()
         self.policy, self.dimensions = policy, policy.action_dim if per_dimension else 1
         # row i of `members` are the stack's weights that make it policy i
-        self.register_buffer("members", torch.cat([torch.zeros(1, len(skills)), torch.eye(len(skills))]), persistent=False)
-        self.gate: nn.Module = self.fresh_gate(len(self.members))
+        self.register_buffer("members", torch.cat([torch.zeros(int(base), len(skills)), torch.eye(len(skills))]), persistent=False)
+        self.gate: nn.Module = self.fresh_gate(len(self.members), init)
         self.composed = Composed(policy, nn.Identity(), skills)
 
-    def fresh_gate(self, members: int) -> MLPGate:
-        """A gate that says 1 for the newest member."""
-        gate = MLPGate(self.policy.observation_dim, members * self.dimensions)
-        with torch.no_grad():
-            gate.head.bias[-self.dimensions :] = 1.0
+    def fresh_gate(self, members: int, init: Init = "newest") -> MLPGate:
+        """A gate of a weight per member and dimension."""
+        gate = MLPGate(self.policy.observation_dim, members * self.dimensions, init=init, scale=1.0)
+        if init == "newest":
+            with torch.no_grad():
+                gate.head.bias[-self.dimensions :] = 1.0
         return gate
 
     @property
@@ -90,13 +96,13 @@ class NoiseLevel(_Level):
     Args:
         policy: see `_Level`, as all others.
         skills: K of them.
-        per_dimension: a weight for every dimension of the action.
         on_noise: train on the noise-prediction loss, as the level of parameters, and not on the official one.
+        options: see `_Level`.
 
     """
 
-    def __init__(self, policy: DiffusionPolicy, skills: Sequence[Skill], *, per_dimension: bool = False, on_noise: bool = False) -> None:
-        super().__init__(policy, skills, per_dimension=per_dimension)
+    def __init__(self, policy: DiffusionPolicy, skills: Sequence[Skill], *, on_noise: bool = False, **options: Any) -> None:
+        super().__init__(policy, skills, **options)
         self.on_noise = on_noise
 
     def forward(self, batch: Batch) -> Tensor:

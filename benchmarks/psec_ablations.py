@@ -9,6 +9,9 @@ instead of factors, PSEC(MLP), started at random as the paper's curve suggests, 
 `mlp-alone` without the gate. `reg-mean`, `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was
 trained with Mish with SiLU instead.
 
+The levels with equal starts: the gates of `nsec` and `asec` start at 1 for the newest member and that of `psec` nearly at 0, as in the official code;
+`psec-newest` starts as they do, `nsec-official` and `asec-official` as it does.
+
 The levels with equal losses: `nsec` and `asec` are those of `psec_continual`, on the squared error of the sampled action; `psec-action` is a gate
 over the parameters with that loss, `nsec-noise` one over the noise with PSEC's. `nsec-each` and `asec-each` have a weight for every dimension of the
 action (arXiv 2506.09366), which parameters cannot have. `nsec-search` and `psec-search` have no gate but constant weights, searched by the return
@@ -32,7 +35,7 @@ from torch import nn
 
 import skillbank as sb
 from benchmarks import psec_continual, stored
-from benchmarks.bootstrap import interval
+from benchmarks.intervals import interval
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import BASE, MORE, ROOT, SCENARIOS, Level, Study, compute
 from skillbank.model import Model, ModelModule
@@ -98,6 +101,12 @@ def regularised(study: Study, scenario: str, kind: str) -> Model:
     return study.load(study.compose(scenario, f"psec-{kind}", study.paper_skills(scenario), *GATE, f"regulariser={kind}"))
 
 
+def newest(study: Study, scenario: str) -> Model:
+    """PSEC, its gate started at 1 for the newest skill."""
+    gate = (*(each for each in GATE if each != "gate=official"), "gate=mlp")
+    return study.load(study.compose(scenario, "psec-newest", study.paper_skills(scenario), *gate))
+
+
 def mismatched(study: Study, scenario: str) -> Model:
     """A skill that runs the base with SiLU, which was trained with Mish."""
     model = study.load(BASE)
@@ -145,6 +154,9 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
     "reg-mean": partial(regularised, kind="mean"),
     "reg-code": partial(regularised, kind="code"),
     "swish": mismatched,
+    "psec-newest": newest,
+    "nsec-official": level(partial(NoiseLevel, init="official"), "nsec-official"),
+    "asec-official": level(partial(ActionLevel, init="official"), "asec-official"),
     "psec-action": level(ParameterLevel, "psec-action"),
     "nsec-noise": level(partial(NoiseLevel, on_noise=True), "nsec-noise", 512),
     "nsec-each": level(partial(NoiseLevel, per_dimension=True), "nsec-each"),

@@ -32,7 +32,7 @@ import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import stored
-from benchmarks.bootstrap import interval
+from benchmarks.intervals import interval
 from benchmarks.levels import ActionLevel, NoiseLevel
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -81,6 +81,7 @@ class Study:
 
     def __init__(self, setting: str, seed: int, overrides: tuple[str, ...] = ()) -> None:
         self.setting, self.seed, self.overrides = setting, seed, overrides
+        self.used: dict[str, str] = {}  # hashes of what was asked for, by name
         self.folder = Path("runs/psec_continual") / ("quick" if overrides else "full")
         self.bank = sb.Bank(self.folder / "bank")
         with FileLock(self._ready()):
@@ -120,13 +121,14 @@ class Study:
 
     def _once(self, name: str, config: str, overrides: list[str], make: Callable[..., str]) -> str:
         try:
-            return str(self.bank.resolve(name))
+            ref = str(self.bank.resolve(name))
         except KeyError:
-            pass
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            conf = hydra_compose(config, overrides)
-        print(f"-- {name}", flush=True)
-        return make(conf)
+            with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+                conf = hydra_compose(config, overrides)
+            print(f"-- {name}", flush=True)
+            ref = make(conf)
+        self.used[name] = self.bank.card(ref).hash[:12]
+        return ref
 
     def load(self, ref: str, temperature: float = 1.0) -> ModelModule:
         """Model of a version, its sampler at the given temperature."""
@@ -142,8 +144,12 @@ class Study:
         return self.load(BASE)
 
     def best_skill(self, scenario: str) -> Model:
-        """The best that is there before the new skill is trained, untouched: the walk skill for run, the base for walk."""
-        return self.load(BASE) if scenario == "S->W" else self.load(self.own_skills("S->W")[0], temperature=0.5)
+        """The best that is there before the new skill is trained, untouched: our walk skill for S+W->R, otherwise the base."""
+        return self.load(self.own_skills("S->W")[0], temperature=0.5) if scenario == "S+W->R" else self.load(BASE)
+
+    def old_skill(self, scenario: str) -> Model:
+        """The paper's recipe's older skill, untouched."""
+        return self.load(self.paper_skills(scenario)[0])
 
     def scratch(self, scenario: str) -> Model:
         """The same network trained on the new demonstrations alone, as in the paper."""
@@ -216,6 +222,7 @@ class Study:
 ROWS: dict[str, Callable[[Study, str], Model]] = {
     "base": Study.base,
     "best-skill": Study.best_skill,
+    "old-skill": Study.old_skill,
     "scratch": Study.scratch,
     "lora": Study.lora,
     "fixed": Study.fixed,
@@ -245,14 +252,14 @@ def tuned(model: ModelModule, skills: list[sb.Skill], task: ControlTask) -> Mode
 
 
 def trained(scenario: str, row: str) -> bool:
-    """Whether anything of a row is trained, so that it has seeds; the best that is there before the walk skill is the base."""
-    return row != "base" and (scenario, row) != ("S->W", "best-skill")
+    """Whether anything of a row is trained, so that it has seeds; the best that is there before a first skill is the base."""
+    return row != "base" and (row != "best-skill" or scenario == "S+W->R")
 
 
 def cells(settings: list[str], seeds: list[int], rows: list[str]) -> Iterator[tuple[str, str, str, int]]:
     """(scenario, setting, row, seed) of everything that there is to compute."""
     for setting, seed, row, scenario in itertools.product(settings, seeds, rows, SCENARIOS):
-        if seed == 0 or trained(scenario, row):
+        if (seed == 0 or trained(scenario, row)) and (row != "old-skill" or scenario == "S+W->R"):
             yield scenario, setting, row, seed
 
 
@@ -286,6 +293,7 @@ def compute(
         "seconds": round(trained, 1),
         "policy_ms": round(1e3 * rollout.policy_seconds, 3),
         "data": next(iter(task.data.values()))[:16],
+        "made_of": study.used,
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -328,6 +336,7 @@ def table(results: list[dict[str, Any]]) -> str:
 LABELS = {
     "base": "base, untouched",
     "best-skill": "best that is there before, untouched",
+    "old-skill": "the paper's recipe's walk skill, untouched",
     "scratch": "scratch, the paper's recipe",
     "lora": "LoRA, the paper's recipe",
     "fixed": "fixed weights, tuned on validation loss",

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import stored
-from benchmarks.bootstrap import interval
+from benchmarks.intervals import interval
 from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -75,6 +75,8 @@ class Study:
 
     seed: int
     quick: bool = False
+    used: dict[str, str] = field(default_factory=dict)
+    """Hashes of what was asked for, by name."""
 
     @property
     def bank(self) -> sb.Bank:
@@ -99,9 +101,13 @@ class Study:
         """Reference of a version, trained on a data set if it is not in the bank yet."""
         name = f"{name}/seed-{self.seed}"
         try:
-            return str(self.bank.resolve(name))
+            ref = str(self.bank.resolve(name))
         except (FileNotFoundError, KeyError):
-            pass
+            ref = self._make(name, data, overrides, entry)
+        self.used[name] = self.bank.card(ref).hash[:12]
+        return ref
+
+    def _make(self, name: str, data: str, overrides: tuple[str, ...], entry: Callable[..., str]) -> str:
         given = [f"task=halfcheetah/{data}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0", *overrides]
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             conf = hydra_compose(entry.__name__, [*given, *(QUICK if self.quick else ())])
@@ -134,12 +140,13 @@ class Study:
         """The same network trained on the target data alone."""
         return self.load(self.policy(f"scratch/{data}", data))
 
-    def joint(self, shift: str, data: str) -> Model:
+    def joint(self, shift: str, data: str, length: int = STEPS["base"]) -> Model:
         """The same network trained on source and target data, as many steps of each in a batch as their sizes are to each other."""
         files = {each: f"{DATA}/{each}.npz" for each in (shift, data)}
         steps = {each: manifest()["sets"][each]["steps"] for each in files}
         old = f"+task.rehearsal={{demonstrations: {files[shift]}, share: {steps[shift] / sum(steps.values()):.4f}}}"
-        return self.load(self.policy(f"joint/{shift}/{data}", data, old))
+        name = "joint" if length == STEPS["base"] else f"joint-{length}"
+        return self.load(self.made(f"{name}/{shift}/{data}", data, "experiment=dynamics", f"fit.steps={length}", old))
 
     def lora(self, shift: str, data: str) -> Model:
         """A skill on the source's base, by plain imitation, at the weight that it was trained with."""
@@ -215,6 +222,7 @@ ROWS = {
     "lora-unshifted": Row("LoRA on a base of unshifted data", Study.lora_unshifted, shift=False),
     "awr": Row("LoRA on the source, weighted by advantages", Study.awr),
     "joint": Row("joint training on source and target data", Study.joint),
+    "joint-long": Row("the same, as many steps as source and LoRA have", partial(Study.joint, length=STEPS["base"] + STEPS["skill"])),
 }
 
 
@@ -248,6 +256,7 @@ def compute(name: str, row: str, shift: str, data: str, study: Study, episodes: 
         "score": round(score(float(returns.mean())), 1),
         "seconds": round(trained, 1),
         "steps": STEPS,
+        "made_of": study.used,
         "threads": torch.get_num_threads(),
         **stored.where(),
     }

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,8 +34,8 @@ import compose as compose_entry
 import skillbank as sb
 import train as train_entry
 from benchmarks import bullet_environment, stored
-from benchmarks.bootstrap import interval
 from benchmarks.example_safe import COST, CRITIC, NET, REWARD, SKILL, STEPS
+from benchmarks.intervals import interval
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
@@ -111,6 +111,8 @@ class Study:
     name: str
     seed: int
     quick: bool = False
+    used: dict[str, str] = field(default_factory=dict)
+    """Hashes of what was asked for, by name."""
 
     @property
     def folder(self) -> Path:
@@ -148,12 +150,13 @@ class Study:
         """Reference of a version, trained on all data or on the safe demonstrations (`_safe`) if it is not in the bank yet."""
         name = f"{name}/{self.name}/seed-{self.seed}"
         try:
-            return str(self.bank.resolve(name))
+            ref = str(self.bank.resolve(name))
         except (FileNotFoundError, KeyError):
-            pass
-        print(f"-- {name}", flush=True)
-        given = (f"task={TASKS[self.name]}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
-        return entry(self.conf(entry.__name__, *given, *overrides))
+            print(f"-- {name}", flush=True)
+            given = (f"task={TASKS[self.name]}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
+            ref = entry(self.conf(entry.__name__, *given, *overrides))
+        self.used[name] = self.bank.card(ref).hash[:12]
+        return ref
 
     def policy(self, name: str, kind: str, steps: int) -> str:
         """A policy trained from scratch."""
@@ -224,7 +227,7 @@ class Study:
         """A gate over both skills, trained on the safe demonstrations."""
         return self.composed(f"gate-{regulariser}", "gate=mlp", f"regulariser={regulariser}", f"fit.steps={STEPS['gate']}")
 
-    def level(self, kind: type[NoiseLevel] | type[ActionLevel] | type[ParameterLevel]) -> Model:
+    def level(self, kind: Callable[..., Any], label: str) -> Model:
         """NSEC, ASEC and PSEC with their loss: a gate trained on the squared error of the sampled action, in batches of 64."""
         _, model, skills, refs = skills_on_base(self.bank, self.skills())
         torch.manual_seed(self.seed)
@@ -233,7 +236,7 @@ class Study:
         cast("sb.MLPGate", level.gate).standardise(torch.cat([batch["observation"] for batch in islice(batches(0), 40)]))
         steps = 3 if self.quick else STEPS["gate"]
         made_from = run_key([self.bank.card(ref).hash for ref in refs], task.data)
-        folder = self.folder / kind.__name__ / self.name / f"seed-{self.seed}" / made_from
+        folder = self.folder / label / self.name / f"seed-{self.seed}" / made_from
         options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "ema": None}
         sb.fit(level, batches, level.gate.parameters(), steps=steps, seed=self.seed, folder=folder, **options)
         return level
@@ -275,14 +278,24 @@ ROWS = {
     "feasible": Row("one policy, weighted as in FISOR", Study.feasible),
     "scratch": Row("safe demonstrations alone", Study.scratch),
     "lora": Row("LoRA of the safe demonstrations", Study.lora),
-    "asec": Row("composed actions (ASEC)", partial(Study.level, kind=ActionLevel), ("0.35 / 4.35", "0.54 / 1.58", "0.93 / 0.39", "0.41 / 2.86")),
-    "nsec": Row("composed noise (NSEC)", partial(Study.level, kind=NoiseLevel), ("0.58 / 7.46", "0.58 / 2.08", "0.93 / 0.66", "0.40 / 2.62")),
+    "asec": Row("composed actions of base and skills", partial(Study.level, kind=ActionLevel, label="asec")),
+    "nsec": Row("composed noise of base and skills", partial(Study.level, kind=NoiseLevel, label="nsec")),
+    "asec-two": Row(
+        "composed actions of both skills (ASEC)",
+        partial(Study.level, kind=partial(ActionLevel, base=False), label="asec-two"),
+        ("0.35 / 4.35", "0.54 / 1.58", "0.93 / 0.39", "0.41 / 2.86"),
+    ),
+    "nsec-two": Row(
+        "composed noise of both skills (NSEC)",
+        partial(Study.level, kind=partial(NoiseLevel, base=False), label="nsec-two"),
+        ("0.58 / 7.46", "0.58 / 2.08", "0.93 / 0.66", "0.40 / 2.62"),
+    ),
     "gate": Row(
         "gate over both skills (PSEC)",
         partial(Study.gate, regulariser="none"),
         ("0.15 / 0.95", "0.34 / 0.22", "0.83 / 0.00", "0.36 / 0.20"),
     ),
-    "gate-action": Row("the same, trained on the sampled action", partial(Study.level, kind=ParameterLevel)),
+    "gate-action": Row("the same, trained on the sampled action", partial(Study.level, kind=ParameterLevel, label="gate-action")),
     "gate-mean": Row("the same, regulariser *mean*", partial(Study.gate, regulariser="mean")),
     "gate-code": Row("the same, regulariser *code*", partial(Study.gate, regulariser="code")),
     "base-hot": Row("policy of all data, temperature 1", partial(Study.hot, gated=False)),
@@ -307,6 +320,8 @@ def compute(study: Study, row: str, episodes: int = 20) -> dict[str, Any]:
         "costs": [int(each) for each in rollout.costs],
         "seconds": round(trained, 1),
         "steps": STEPS,
+        "data": {Path(name).name: digest[:16] for name, digest in {**study.task().data, **task.data}.items()},
+        "made_of": study.used,
         "threads": torch.get_num_threads(),
         **stored.where(),
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import stored
-from benchmarks.bootstrap import interval
+from benchmarks.intervals import interval
 from benchmarks.levels import ActionLevel, NoiseLevel, ParameterLevel
 from skillbank import Composed, ConstantGate, attach, check_model, merge
 from tests.tiny import close, random_skill, tiny_batch, tiny_policy

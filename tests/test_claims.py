@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
-from benchmarks.claims import Claim, Comparison, best, page
+from benchmarks.claims import Claim, Comparison, page, safe_and_above
+from benchmarks.intervals import difference
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,11 +41,30 @@ def test_what_nobody_trained_is_one_seed_for_all():
 def test_an_interval_holds_what_seeds_and_episodes_vary():
     one = Comparison("", seeds(20, episodes=2000), seeds(10, episodes=2000))
     assert one.effect == pytest.approx(10, abs=0.1)
-    low, high = one.interval()
-    assert low < one.effect < high < low + 0.3
+    low, high = one.interval
+    assert low < one.effect < high < low + 0.4
     apart = [[18.0] * 10, [20.0] * 10, [22.0] * 10]  # only seeds differ
-    low, high = Comparison("", apart, 10.0).interval()
-    assert (low, high) == (8.0, 12.0)
+    low, high = Comparison("", apart, 10.0).interval
+    assert low == pytest.approx(10 - 4.303 * 2 / 3**0.5, abs=1e-3)  # Student's t of two degrees of freedom
+    assert high == pytest.approx(10 + 4.303 * 2 / 3**0.5, abs=1e-3)
+    assert Comparison("", [[3.0], [3.0], [3.0]], [[1.0], [1.0]]).interval == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_intervals_hold_as_often_as_they_say(count):
+    """Of differences of rows whose seeds differ more than their episodes."""
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        rows = [[list(mean + generator.standard_normal(10)) for mean in 5 * generator.standard_normal(count)] for _ in range(2)]
+        low, high = difference(*rows)
+        held += low < 0 < high
+    assert 930 <= held <= 985
+
+
+def test_intervals_are_welchs():
+    one, two = seeds(20, spread=3.0, count=3), seeds(10, spread=9.0, count=5)
+    found = ttest_ind([np.mean(each) for each in one], [np.mean(each) for each in two], equal_var=False).confidence_interval(0.95)
+    assert difference(one, two) == pytest.approx((found.low, found.high))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,7 @@ def test_a_rival_is_what_keeps_the_limit():
     returns = {"car_run/gate": seeds(400), "car_run/reward": seeds(900), "car_run/cost": seeds(100), "car_run/feasible": seeds(300)}
 
     def found():
-        claim = best("car_run", lambda name: costs.get(name, []), lambda name: returns.get(name, []))
+        claim = safe_and_above("gate", "car_run", lambda name: costs.get(name, []), lambda name: returns.get(name, []))
         return claim.verdict, [each.says.rpartition("than ")[2] for each in claim.comparisons]
 
     assert found() == ("reproduced", ["10", "one policy weighted as in FISOR", "cost skill alone"])
