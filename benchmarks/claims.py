@@ -278,10 +278,7 @@ this page of what is stored in benchmarks/results; its text says what an effect,
 Pictures with numbers beside them, of weights along an episode and of skills at three levels, are in
 [walker.md](walker.md#figures-weights-along-an-episode-skills-at-three-levels). The walker's gates come to about 1 for the newest skill
 (the car's on the straight does not: [safe.md](safe.md)); at the same states the features of a hidden layer tell skills apart better than actions do,
-and two trainings of one task as well.
-
-Of the walker's rows `fixed`, `asec` and `nsec`, those that were stored before two errors in them were mended are to be computed again
-([walker.md](walker.md#rows)): the verdicts on C1 and C3 rest on them."""
+and two trainings of one task as well."""
     tables = {
         "Stand to walk, stand to run, stand and walk to run": psec_continual,
         "What in the recipe matters": psec_ablations,
