@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -144,20 +145,32 @@ def test_rollout_times_and_errors():
 
 
 @pytest.mark.parametrize("kind", [NoiseLevel, ActionLevel])
-@pytest.mark.parametrize("member", [0, 1, 2])
-@pytest.mark.parametrize("per_dimension", [False, True])
-def test_a_one_hot_level_is_that_policy(kind, member, per_dimension):
+@pytest.mark.parametrize(
+    ("member", "options"),
+    [*product([0, 1, 2], [{}, {"per_dimension": True}, {"init": "official"}]), (1, {"base": False}), (2, {"base": False})],
+)
+def test_a_one_hot_level_is_that_policy(kind, member, options):
     skills = [random_skill(tiny_policy().net, seed=seed) for seed in range(2)]
-    level = kind(tiny_policy(temperature=0.0), skills, per_dimension=per_dimension)
+    level = kind(tiny_policy(temperature=0.0), skills, **options)
     check_model(level, tiny_batch())
-    if member == 2:
-        assert level.weights(tiny_batch()["observation"]).mean(-1)[0].tolist() == [0, 0, 1]  # as it starts
+    members = torch.eye(3) if options.get("base", True) else torch.eye(3)[:, 1:]
+    if member == 2 and "init" not in options:
+        assert torch.equal(level.weights(tiny_batch()["observation"]).mean(-1)[0], members[2])  # as it starts
     with torch.no_grad():
-        level.gate.head.bias.view(3, -1).copy_(torch.eye(3)[member][:, None])
+        level.gate.head.weight.zero_()
+        level.gate.head.bias.view(len(members[member]), -1).copy_(members[member][:, None])
     alone = tiny_policy(temperature=0.0)
     if member:
         attach(alone.net, merge([skills[member - 1]], [1.0]))
     close(level.predict(tiny_batch()), alone.predict(tiny_batch()), 1e-4)
+
+
+def test_the_officials_start_is_nobody_and_not_slowed_down():
+    skills = [random_skill(tiny_policy().net)]
+    level = ActionLevel(tiny_policy(), skills, init="official")
+    assert level.gate.divisor == 1
+    assert level.gate.head.weight.any()
+    assert not level.gate.head.bias.any()
 
 
 def test_dimensions_of_an_action_are_weighted_one_by_one():
