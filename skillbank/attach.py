@@ -60,6 +60,9 @@ def fresh(
 ) -> list[nn.Parameter]:
     """Put a new, trainable skill on `net`; until it is trained the net computes exactly what its base does.
 
+    But for rows of padding in torch's transformer encoders: from then on their output is no longer 0 (`layers.run_layers`), which only a head that
+    looks at padding sees.
+
     A starts at N(0, 1 / I), B at 0; the forward pass computes `W x + scale * B A x`. What was on the net before is taken off. With `init`, A and B
     start in the weight itself, and the pass computes `W x + scale * (B A - B0 A0) x`, equal to the base up to rounding: the trained parameters and
     their gradients are those of PEFT, which takes `scale * B0 A0` off the weight, but the base stays as it is. `read` then gives both, as rank 2 R.

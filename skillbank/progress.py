@@ -1,4 +1,4 @@
-"""What a training run has come to: parameters, buffers, moments, EMA, step and rows, kept in a checkpoint and found again."""
+"""What a training run has come to: parameters, changed buffers, moments, EMA, step and rows, kept in a checkpoint and found again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from skillbank.tensors import load_tensors, save_tensors
@@ -23,7 +24,10 @@ CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 
 class Progress:
-    """What a checkpoint holds: parameters, buffers of the model that are in its state, moments, EMA, step, and the rows of the metrics file."""
+    """What a checkpoint holds: parameters, moments, EMA, step, the rows of the metrics file, and buffers of the model's state that training changed.
+
+    Frozen weights may be buffers as well, those of quantised layers are: what stays as it is need not be kept.
+    """
 
     def __init__(
         self,
@@ -35,7 +39,8 @@ class Progress:
         folder: Path | None,
     ) -> None:
         self.model, self.trained, self.optimizer, self.ema, self.settings, self.folder = model, trained, optimizer, ema, settings, folder
-        self.kept = set(model.state_dict())
+        kept = set(model.state_dict())
+        self.buffers = {name: (value, _version(value)) for name, value in model.named_buffers() if name in kept}
         self.step, self.started = 0, time.perf_counter()
         self.rows: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
@@ -57,13 +62,18 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name."""
-        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.kept}
+        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.buffers and self._changed(name, value)}
         flat |= {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
         for i, (name, p) in enumerate(self.trained.items()):
             flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
             if self.shadow:
                 flat[f"ema/{name}"] = self.shadow[i]
         return flat
+
+    def _changed(self, name: str, value: Tensor) -> bool:
+        """Whether training has written to a buffer or replaced it; running statistics do not tell."""
+        norm = isinstance(self.model.get_submodule(name.rpartition(".")[0]), _NormBase)
+        return norm or value is not self.buffers[name][0] or _version(value) != self.buffers[name][1]
 
     def save(self, accelerator: Accelerator) -> None:
         """Write a checkpoint."""
@@ -81,16 +91,16 @@ class Progress:
         if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
             here = {key: self.settings[key] for key in other}
             raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
-        without = not any(key.startswith("buffer/") for key in stored)  # as checkpoints once were
-        here = {key: value for key, value in self.tensors().items() if key != "losses" and not (without and key.startswith("buffer/"))}
-        for key, live in sorted(here.items()):
-            found = tuple(stored[key].shape) if key in stored else None
-            if found != tuple(live.shape):
-                what = f"no {key!r}" if found is None else f"{key!r} of shape {found}, not {tuple(live.shape)}"
+        here = {key: value for key, value in self.tensors().items() if key != "losses" and not key.startswith("buffer/")}
+        here |= {key: value for name, value in self.model.named_buffers() if (key := f"buffer/{name}") in stored}
+        for key in sorted(here.keys() | stored.keys() - {"losses"}):
+            found, live = (tuple(side[key].shape) if key in side else None for side in (stored, here))
+            if found != live:
+                what = f"no {key!r}" if found is None else f"{key!r}, which this has not" if live is None else f"{key!r} of shape {found}, not {live}"
                 raise ValueError(f"{self.folder} holds a run of another model: its checkpoint has {what}; use another folder")
         with torch.no_grad():
-            for key, live in here.items():
-                live.copy_(stored[key])
+            for key, tensor in here.items():
+                tensor.copy_(stored[key])
         self.losses = list(stored["losses"])
         self.step, self.rows = int(notes["step"]), json.loads(notes["rows"])
         self.started -= float(notes["seconds"])
@@ -121,6 +131,11 @@ class Progress:
         """Put the EMA into the model."""
         if self.shadow:
             _copy(self.shadow, self.trained.values())
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was written to; what inference has made cannot be."""
+    return 0 if value.is_inference() else value._version
 
 
 @torch.no_grad()

@@ -124,8 +124,9 @@ def _first(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _point(cell: Cell, name: str, k: int, temperature: float, layer: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Weights (B, ..., K) of a module by its input (B, ..., I)."""
-    cast("dict[str, Tensor]", cell.weights)[name] = _shares(_along(inputs[0].detach(), cast("Tensor", layer.directions)), k, temperature)
+    """Weights (B, ..., K) of a module by its input (B, ..., I); none while the net runs as its base."""
+    if isinstance(cell.weights, dict):
+        cell.weights[name] = _shares(_along(inputs[0].detach(), cast("Tensor", layer.directions)), k, temperature)
 
 
 def _along(x: Tensor, directions: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class Server:
             return _Recipe(names, gate.to(self.slots.a[0].device).eval().requires_grad_(False))
         assert thing.merge is not None
         if set(thing.merge) <= {"method", "weights"} and thing.merge.get("method", "stack") == "stack":
-            return _Recipe(names, torch.tensor(thing.merge.get("weights") or [1.0] * len(names)))
+            return _Recipe(names, torch.tensor(thing.merge.get("weights") or [1 / len(names)] * len(names)))
         return _Recipe((exact,), torch.ones(1))
 
     def _fetch(self, name: str) -> Skill:

@@ -50,6 +50,20 @@ def model_of(kind="bert", **options):
     return Classifier(net, **{"classes": list(LETTERS), "tokenizer": kept(tokenizer_of("bytes")), **options}).eval()
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+def test_padding_changes_nothing_and_is_on_the_right(kind):
+    model, length = model_of(kind), 6
+    pad = model.net.config.pad_token_id
+    rows = [torch.randint(4, 40, (n,), generator=torch.Generator().manual_seed(n)) for n in (6, 3, 1)]
+    alone = torch.cat([model.losses({"input_ids": row[None], "label": torch.tensor([1])}) for row in rows])
+    ids = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=pad) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (0, length - len(row))) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": mask, "label": torch.ones(3, dtype=torch.long)}
+    torch.testing.assert_close(model.losses(batch), alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a row begins with padding, where many classifiers look first: pad rows on the right"):
+        model.predict({"input_ids": ids.flip(1), "attention_mask": mask.flip(1)})
+
+
 def skills_of(model, count):
     found = []
     for seed in range(count):

@@ -112,10 +112,31 @@ def test_a_checkpoint_without_buffers_resumes_still(tmp_path):
     save_tensors(path, {key: value for key, value in tensors.items() if not key.startswith("buffer/")}, notes)
     old = Normed()
     assert fit(old, killed_at(0), old.parameters(), folder=tmp_path, **NORMED).rows == rows
-    del tensors["buffer/net.1.running_mean"]
-    save_tensors(path, tensors, notes)
-    with pytest.raises(ValueError, match=r"its checkpoint has no 'buffer/net.1.running_mean'; use another folder"):
-        fit(old, batches, old.parameters(), folder=tmp_path, **NORMED)
+    for key, other, what in [("param/out.bias", None, "no 'param/out.bias'"), ("buffer/more", torch.ones(1), "'buffer/more', which this has not")]:
+        changed = {**tensors, key: other}
+        save_tensors(path, {name: value for name, value in changed.items() if value is not None}, notes)
+        with pytest.raises(ValueError, match=f"its checkpoint has {what}; use another folder"):
+            fit(old, batches, old.parameters(), folder=tmp_path, **NORMED)
+
+
+def test_a_checkpoint_holds_no_buffer_that_training_left_as_it_was(tmp_path):
+    """Frozen weights as quantised layers keep them, one that shares its memory with a parameter, one whose entries are one number."""
+
+    def model():
+        made = Normed()
+        made.register_buffer("packed", torch.ones(1000, dtype=torch.int32))
+        made.register_buffer("same", made.out.weight.data)
+        made.register_buffer("one", torch.ones(1, 3).expand(4, 3))
+        made.register_buffer("few", torch.eye(3).to_sparse())
+        return made
+
+    whole, killed, resumed = model(), model(), model()
+    rows = fit(whole, batches, whole.parameters(), **NORMED).rows
+    with pytest.raises(KilledError):
+        fit(killed, killed_at(6), killed.parameters(), folder=tmp_path, **NORMED)
+    assert fit(resumed, batches, resumed.parameters(), folder=tmp_path, **NORMED).rows == rows
+    kept = {key for key in load_tensors(tmp_path / "checkpoint.safetensors")[0] if key.startswith("buffer/")}
+    assert kept == {f"buffer/{name}" for name in dict(whole.net.named_buffers(prefix="net"))}
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):

@@ -290,6 +290,16 @@ def test_padding_on_the_left_changes_no_loss(kind):
         torch.testing.assert_close(model.context(left), model.context(right))
 
 
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_net_that_counts_its_own_positions_is_left_to(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+    model = CausalLM({"model_type": kind, "is_decoder": True, "initializer_range": 0.3, "pad_token_id": 1, **sizes}).eval()
+    ids = BATCH["input_ids"]
+    found = model.losses({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    torch.testing.assert_close(found, torch.stack([model.net(ids[i : i + 1], labels=ids[i : i + 1]).loss for i in range(len(ids))]).detach())
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("path", ["reference", "fused", "slots"])

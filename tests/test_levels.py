@@ -102,6 +102,13 @@ def test_one_skill_is_itself_at_every_level(kind):
             if level in ("logits", "emulated"):
                 close(model.logits(BATCH), expected.net(IDS, attention_mask=BATCH["attention_mask"]).logits)
                 close(model.losses(BATCH), expected.losses(BATCH))
+    behind = text(kind)
+    behind.layer = 1
+    for level in ("logits", "vote", "rerank"):
+        model = at(level, behind, skills)
+        for _ in range(2):  # before it has weights, and after
+            close(model.context(BATCH), behind.context(BATCH))
+            model.predict(BATCH)
     for level in ("logits", "emulated", "vote", "rerank"):
         model = at(level, base, [skills[1]] * 3, **options.get(level, {}))
         assert torch.equal(model.predict(BATCH), expected.predict(BATCH)), level

@@ -25,11 +25,11 @@ def arrow(kind, path, skills, **options):
     return sb.Composed(text(net), Arrow(16, len(skills), **options), mixture)
 
 
-def by_hand(kind, skills, k, temperature):
-    """The base, every linear layer with the sum of B A x weighted by softmax over the k largest |v x|, v from dense singular values."""
+def by_hand(kind, skills, k, temperature, *, without="head"):
+    """The base, linear layers with the sum of B A x weighted by softmax over the k largest |v x|, v from dense singular values."""
     net = net_of(kind)
     for name, layer in list(net.named_modules()):
-        if not is_linear(layer) or "head" in name:
+        if not is_linear(layer) or "head" in name or without in name:
             continue
         deltas = [skill.delta(name) if name in skill else None for skill in skills]
         vectors = [None if delta is None else torch.linalg.svd(delta).Vh[0] for delta in deltas]
@@ -43,6 +43,19 @@ def by_hand(kind, skills, k, temperature):
 
         layer.register_forward_hook(hook)
     return net
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_of_a_base_that_looks_behind_a_block_the_blocks_before_stay_the_base(kind):
+    skills = skills_of(net_of(kind), 2)
+    model, expected = arrow(kind, "reference", skills, k=1), by_hand(kind, skills, 1, 1.0, without=".0.")
+    model.model.layer = 1
+    ids = BATCH["input_ids"]
+    logits = expected(ids).logits
+    torch.testing.assert_close(model({"input_ids": ids}), nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert torch.equal(model.context({"input_ids": ids}), text(net_of(kind), layer=1).context({"input_ids": ids}))
+    said = expected.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(model.predict({"input_ids": ids}), said[:, LENGTH:])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -8,13 +8,14 @@ from skillbank.runtime.residents import Residents
 from tests.test_load import MODEL, fill
 from tests.tiny import close, random_skill, tiny_policy
 
-ALL = ["base", "one", "merged", "truncated", "gated", "constant", "two", "chosen"]
+ALL = ["base", "one", "merged", "truncated", "gated", "constant", "two", "chosen", "mean"]
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     bank = fill(sb.Bank(tmp_path_factory.mktemp("bank")))
     bank.put(sb.Composition("base", ("one", "two"), merge={"method": "ties", "weights": [0.5, 2.0], "density": 0.5, "rank": 4}), "chosen")
+    bank.put(sb.Composition("base", ("one", "two"), merge={"method": "stack"}), "mean")
     return bank
 
 
@@ -35,7 +36,7 @@ def alone(bank, ref, observation, *, seed=None, temperature=0.0, **options):
 def test_every_row_is_its_version(bank, slots, rows):
     server = sb.Server("base", bank, slots=slots, rank=8, rows=rows)
     server.model.temperature = 0.0
-    refs = [ALL[i % len(ALL)] for i in (3, 0, 1, 4, 4, 2, 6, 5, 7, 1, 0, 3)]
+    refs = [ALL[i % len(ALL)] for i in (3, 0, 1, 4, 4, 2, 6, 5, 7, 1, 8, 0, 3)]
     observation = observations(len(refs))
     found = server.predict({"observation": observation}, refs)
     for i, ref in enumerate(refs):

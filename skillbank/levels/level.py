@@ -48,7 +48,7 @@ class Level(nn.Module):
         return self.model.losses(batch)
 
     def context(self, batch: Batch) -> Tensor:
-        """Context of the base."""
+        """Context of the base; of the level `merge` what blocks of the merged net make of it, where it is looked at behind one."""
         return self.model.context(batch)
 
     @torch.no_grad()
@@ -74,10 +74,18 @@ class Stacked(Level):
         self.mixture, self.weights = mixture, weights
         self.register_buffer("each", torch.eye(len(skills), device=model.net.device), persistent=False)
 
+    def context(self, batch: Batch) -> Tensor:
+        """Context of the base."""
+        self._mix(torch.zeros_like(self.each[0]), batch)
+        return super().context(batch)
+
     def _under(self, weights: Tensor, batch: Batch) -> Tensor:
         """Losses (B,) under weights (K,)."""
-        self.mixture.cell.mix(weights.expand(len(batch["input_ids"]), -1))
+        self._mix(weights, batch)
         return self.model.losses(batch)
+
+    def _mix(self, weights: Tensor, batch: Batch) -> None:
+        self.mixture.cell.mix(weights.expand(len(batch["input_ids"]), -1))
 
 
 def numbers(level: str, weights: Weights, count: int, *, default: float | None = None) -> list[float]:

@@ -22,8 +22,8 @@ __all__ = ["Classifier"]
 class Classifier(Pretrained):
     """A sequence classifier as a `Model`.
 
-    Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, and for training `label` (B,), the class from 0 on. A gate sees
-    the mean of a row's input embeddings, or every token's. What a fresh skill adapts is the body alone: the head, and the pooler before it, stay
+    Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, on the right, and for training `label` (B,), the class from 0
+    on. A gate sees the mean of a row's input embeddings, or every token's. What a fresh skill adapts is the body alone: the head, and the pooler before it, stay
     the base's, so that all its skills give what one head understands, and whatever they adapt runs on tokens, which a gate can weight.
 
     Args:
@@ -108,4 +108,7 @@ class Classifier(Pretrained):
 
     def _logits(self, batch: Batch) -> Tensor:
         self._check(batch["input_ids"])
-        return cast("Tensor", self.net(input_ids=batch["input_ids"], attention_mask=token_mask(batch)).logits)
+        mask = token_mask(batch)
+        if readable(mask) and not mask[:, 0].all():
+            raise ValueError("a row begins with padding, where many classifiers look first: pad rows on the right (padding_side='right')")
+        return cast("Tensor", self.net(input_ids=batch["input_ids"], attention_mask=mask).logits)

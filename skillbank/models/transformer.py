@@ -5,7 +5,6 @@ Shapes: B batch, L tokens, N new tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -141,10 +140,7 @@ class CausalLM(Pretrained):
         """What makes the net see rows without their padding, and examples apart."""
         if "segments" in batch:
             return _apart(batch["segments"], self.net.dtype)
-        mask = _mask(batch)
-        if "attention_mask" not in batch or "position_ids" not in inspect.signature(self.net.forward).parameters:
-            return {"attention_mask": mask}
-        return {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}  # as `generate` counts
+        return self._unpadded(batch)
 
     @torch.no_grad()
     def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
