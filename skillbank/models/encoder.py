@@ -23,8 +23,9 @@ class Classifier(Pretrained):
     """A sequence classifier as a `Model`.
 
     Batches hold `input_ids` (B, L), `attention_mask` (B, L) where rows are padded, on the right, and for training `label` (B,), the class from 0
-    on. A gate sees the mean of a row's input embeddings, or every token's. What a fresh skill adapts is the body alone: the head, and the pooler before it, stay
-    the base's, so that all its skills give what one head understands, and whatever they adapt runs on tokens, which a gate can weight.
+    on. A gate sees the mean of a row's input embeddings, or every token's. What a fresh skill adapts is the body alone: the head, and the pooler
+    before it, stay the base's, so that all its skills give what one head understands, and whatever they adapt runs on tokens, which a gate can
+    weight.
 
     Args:
         net: a sequence classifier of transformers; id of a Hub repository, or a folder, to load one from, where an encoder without a head gets a new
