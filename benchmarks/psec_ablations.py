@@ -182,16 +182,16 @@ def read_results() -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Mean over seeds and episodes, its interval, and the mean of every seed."""
+    """Mean over seeds and episodes, from three seeds on its interval, and the mean of every seed."""
     lines = []
     own = [each for each in results if each["name"].startswith(f"{SCENARIO}/{SETTING}/")]
     names = {each["name"].rpartition("/")[2] for each in own}
     for row in sorted(names, key=lambda name: [part.zfill(2) for part in name.split("-")]):
         found = sorted((each for each in own if each["name"].endswith(f"/{row}")), key=lambda each: each["seed"])
-        low, high = interval([each["returns"] for each in found])
+        sure = "{:.0f}..{:.0f}".format(*interval([each["returns"] for each in found])) if len(found) >= 3 else ""
         mean = sum(each["mean"] for each in found) / len(found)
         per_seed = " ".join(f"{each['mean']:.0f}" for each in found)
-        lines.append({"row": row, "mean": f"{mean:.0f}", "95 %": f"{low:.0f}..{high:.0f}", "per seed": per_seed})
+        lines.append({"row": row, "mean": f"{mean:.0f}", "95 %": sure, "per seed": per_seed})
     return markdown(lines) if lines else "no results yet"
 
 

@@ -302,7 +302,7 @@ def compute(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Mean, interquartile mean and interval per row, the paper's figure and the demonstrations' own return beside them."""
+    """Mean, interquartile mean and, from three seeds on, interval per row; the paper's figure and the demonstrations' own return beside them."""
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for each in results:
         grouped[each["name"]].append(each)
@@ -315,12 +315,12 @@ def table(results: list[dict[str, Any]]) -> str:
             returns = [each["returns"] for each in found]
             ordered = np.sort(np.concatenate(returns))
             cut = len(ordered) // 4
-            low, high = interval(returns)
+            sure = len(found) >= 3 or not trained(scenario, row)
             lines.append(
                 {
                     "row": f"{scenario}/{setting}/{row}",
                     "mean": f"{ordered.mean():.0f}",
-                    "95 %": f"{low:.0f}..{high:.0f}",
+                    "95 %": "{:.0f}..{:.0f}".format(*interval(returns)) if sure else "",
                     "IQM": f"{ordered[cut : len(ordered) - cut].mean():.0f}",
                     "per seed": " ".join(f"{each['mean']:.0f}" for each in found),
                     "paper": PAPER.get((scenario, row), "") if setting != "sto3" else "",
