@@ -15,6 +15,7 @@ from typing import Any
 
 from skillbank.bank import Bank, Ref
 from skillbank.bank.links import closure
+from skillbank.bank.verify import check_whole
 
 __all__ = ["artifact_name", "log_artifacts", "tracked", "wandb_mode"]
 
@@ -48,19 +49,22 @@ def log_artifacts(
 
     Raises:
         UnknownRef: no such version.
-        ValueError: no project, wandb is not installed, or a name that W&B does not take.
+        ValueError: no project, wandb is not installed, a name that W&B does not take, or a version is damaged.
 
     """
     if not project:
         raise ValueError("no project: name one, such as wandb://skillbank or wandb://team/skillbank")
     if run is not None:
         wanted = [bank.resolve(ref) for ref in refs]
+        for each in dict.fromkeys(each for ref in wanted for each in (*bank.card(ref).stands_on, str(ref))):
+            check_whole(bank, Ref.parse(each))
         for ref in wanted:
             _log(run, bank, ref)
         return wanted
     wanted = closure(bank, refs)
     for count, ref in enumerate(wanted):
         done(count, len(wanted))
+        check_whole(bank, ref)
         options = {"project": project, "entity": entity, "name": f"put {ref}", "job_type": "put", "config": dict(bank.card(ref).conf)}
         with _wandb().init(**options, mode=wandb_mode(), reinit="create_new", settings=_wandb().Settings(silent=True)) as opened:
             _log(opened, bank, ref)

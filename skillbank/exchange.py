@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from skillbank.shards import COMPANIONS, fold_checkpoint
 from skillbank.skill import Skill
 from skillbank.tensors import whole_folder
 
-__all__ = ["export", "import_adapter"]
+__all__ = ["adapter_options", "export", "import_adapter"]
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -104,8 +104,7 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
     skill = None if isinstance(thing, Base | Checkpoint) else thing if isinstance(thing, Skill) else _merged(bank, ref, thing)
     if skill is not None and not merged:
         with whole_folder(folder) as written:
-            first = thing.skills[0] if isinstance(thing, Composition) else ref
-            write_adapter(skill, written, **peft_options(read_config(bank.path(first) / CONFIG_FILE, f"adapter {first!r}")))
+            write_adapter(skill, written, **adapter_options(thing.skills if isinstance(thing, Composition) else [ref], bank))
         return folder
     base = thing if isinstance(thing, Base | Checkpoint) else bank.get(bank.base_of([ref]))
     if isinstance(base, Checkpoint):
@@ -124,6 +123,11 @@ def export(ref: str, folder: str | Path, bank: Bank, *, merged: bool = False, we
         else:
             own(written)
     return folder
+
+
+def adapter_options(refs: Sequence[str | Ref], bank: Bank) -> dict[str, Any]:
+    """Options of `write_adapter`, or of `Bank.put`, that say of their base what skills of a bank say of it, of each the first that does."""
+    return peft_options(*(read_config(bank.path(ref) / CONFIG_FILE, f"adapter {str(ref)!r}") for ref in refs))
 
 
 def _located(base: Checkpoint, weights: str | Path | None) -> Path:

@@ -102,10 +102,12 @@ def read_lora(folder: str | Path) -> Lora:
     return Lora(skill, "PEFT", config.get("base_model_name_or_path"), peft_options(config), tuple(peft_lints(config, skill)))
 
 
-def peft_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `write_adapter` that say of the base what a configuration of PEFT's says of it."""
-    named, task = config.get("base_model_name_or_path"), config.get("task_type")
-    return {"base_name": named, "fan_in_fan_out": bool(config.get("fan_in_fan_out")), "task_type": task}
+def peft_options(*configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `write_adapter` that say of the base what configurations of PEFT's say of it, of each the first that does."""
+    named, conv1d, task = (
+        next((config[key] for config in configs if config.get(key)), None) for key in ("base_model_name_or_path", "fan_in_fan_out", "task_type")
+    )
+    return {"base_name": named, "fan_in_fan_out": bool(conv1d), "task_type": task}
 
 
 def _read_adapters(folder: Path, whole: Mapping[str, Any]) -> Lora:

@@ -20,7 +20,9 @@ from torch import nn
 
 from skillbank.attach import attach, fresh, read
 from skillbank.bank import Bank, Base, Composition, Ref
+from skillbank.bank.records import plain_weights
 from skillbank.bank.refs import check_name
+from skillbank.exchange import adapter_options
 from skillbank.fit import Fit, fit, validation_loss
 from skillbank.folding import fold
 from skillbank.gate import MLPGate
@@ -216,7 +218,7 @@ def composition_name(task: str, base: str, skills: Sequence[str]) -> str:
 
 def merge_versions(
     refs: Sequence[str | Ref], bank: Bank, *, weights: Sequence[Any] | None = None, method: str = "stack", **options: Any
-) -> tuple[Skill, dict[str, Any]]:
+) -> tuple[Skill, dict[str, Any], dict[str, Any]]:
     """Merge skills of a bank; the base is not loaded.
 
     Args:
@@ -227,14 +229,15 @@ def merge_versions(
         options: what the method takes, plain values.
 
     Returns:
-        The skill and the fields of its card: base, parents with weights, `conf` with the recipe and the certificate, metrics.
+        The skill, the fields of its card (base, parents with weights, `conf` with the recipe and the certificate, metrics) and the options of its
+        adapter: `card` and `adapter` of `Bank.put`.
 
     Raises:
         UnknownRef: no such version.
         ValueError: one is no skill, or the skills belong to different bases; otherwise as `merge`.
 
     """
-    exact = [bank.resolve(ref) for ref in refs]
+    weights, exact = plain_weights(weights), [bank.resolve(ref) for ref in refs]
     cards, things = [bank.card(ref) for ref in exact], [bank.get(ref) for ref in exact]
     skills = [thing for thing in things if isinstance(thing, Skill)]
     if len(skills) < len(things):
@@ -253,7 +256,7 @@ def merge_versions(
     measured = {key: value for key, value in metrics.items() if value is not None}
     fields = {"parents": parents, "conf": {"merge": recipe, "certificate": certificate}, "metrics": measured}
     base = cards[0].base
-    return skill, fields if base is None else {**fields, "base": base["ref"] or {"name": base["name"]}}
+    return skill, fields if base is None else {**fields, "base": base["ref"] or {"name": base["name"]}}, adapter_options(exact, bank)
 
 
 def _fit(model: ModelModule, params: Any, conf: Conf, name: str, task: Task, folder: Path | None) -> dict[str, float]:

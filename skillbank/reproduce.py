@@ -53,7 +53,7 @@ def rebuild(ref: str | Ref, bank: Bank) -> Rebuilt:
     card, stored = bank.card(exact), bank.get(exact)
     parents = [parent["ref"] for parent in card.parents]
     if isinstance(stored, Skill) and "certificate" in card.conf:
-        again, _ = merge_versions(parents, bank, **card.conf["merge"])
+        again, _, _ = merge_versions(parents, bank, **card.conf["merge"])
         return Rebuilt(exact, {} if stored.fingerprint == again.fingerprint else distance(stored, again), _changed(card, {}))
     if not {"task", "seed"} <= set(card.conf) or not {"model", "skills"} & set(card.conf):
         raise ValueError(

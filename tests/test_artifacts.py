@@ -129,6 +129,18 @@ def test_what_cannot_be_logged(bank, tmp_path):  # noqa: F811
     assert runs(tmp_path) == []
 
 
+def test_a_damaged_version_is_not_logged(bank, tmp_path):  # noqa: F811
+    path = bank.path("walker/stand@1") / "model.json"
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    message = r"walker/stand@1: model.json does not match the hash in its card.*: it was not pushed; restore it from a copy"
+    with pytest.raises(ValueError, match=message):
+        sb.log_artifacts(bank, ["walker/walk@1"], project="mine")
+    assert runs(tmp_path) == []
+    with wandb.init(project="mine", mode="offline", dir=tmp_path) as run, pytest.raises(ValueError, match=message):
+        sb.log_artifacts(bank, ["walker/walk@1"], run=run)
+    assert [(used, made) for _, used, made in runs(tmp_path)] == [([], [])]
+
+
 @pytest.mark.parametrize("names", [["a/b", "a.b", "a..b"], ["a/b.c", "a.b/c", "a/b/c", "a.b.c"]])
 def test_no_two_names_become_one(names):
     made = [artifact_name(name) for name in names]

@@ -170,6 +170,14 @@ def test_unknown_refs(bank, ref, message):
         bank.get(ref)
 
 
+@pytest.mark.parametrize("ref", ["readme.md", "readme.md@1", "readme.md@best", "readme.md/below@1"])
+def test_a_file_beside_the_names_is_none(bank, ref):
+    (bank.root / "readme.md").write_text("What is in here.")
+    with pytest.raises(UnknownRef, match=f"no '{ref.partition('@')[0]}' in"):
+        bank.resolve(ref)
+    assert bank.aliases("readme.md") == {}
+
+
 def test_aliases_move(bank):
     assert bank.aliases("walker/walk") == {"best": 1}
     bank.alias("walker/walk", "best", 2)

@@ -15,6 +15,7 @@ import torch
 
 from skillbank import cli
 from skillbank.bank import Bank, Base, Composition
+from skillbank.bank import index as indexing
 from skillbank.skill import Skill
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,22 @@ def test_a_damaged_card_leaves_the_rest_of_the_bank_usable(run, bank):
     assert run("list", "--all")[2] == ""
     assert "walker/walk@2" not in run("list", "--all")[1]
     assert "needed by walker/both@1" in run("rm", "walker/walk@1")[2]
+
+
+def test_a_card_that_is_damaged_after_it_was_listed_leaves_the_rest_listed(run, bank, monkeypatch):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    assert "walker/walk@2" in run("list")[1]
+    card = bank.path("walker/walk@2") / "card.json"
+    card.write_bytes(card.read_bytes().replace(b"512.25", b"612.25"))
+    said = r"skillbank: walker/walk@2: card.json does not match its seal.*; `skillbank rm walker/walk@2 --force` takes it away\n"
+    for options in ((), ("--all",), ("--where", "kind != x"), ("--sort", "metrics.return"), ("--text", "WALK")):
+        code, out, err = run("list", "--kind", "skill", "--json", *options)
+        assert (code, [entry["ref"] for entry in json.loads(out)]) == (0, ["walker/walk@1"])
+        assert re.fullmatch(said, err)
+    for command in (("dedup",), ("similar", "walker/walk@1")):
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert re.fullmatch(said, err)
 
 
 def test_metrics_of_any_form_are_shown(run, bank):

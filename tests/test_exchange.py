@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +15,7 @@ from skillbank import cli
 from skillbank.bank import UnknownRef
 from skillbank.bank.records import read_payload
 from skillbank.load import build_base
+from skillbank.recipe import merge_versions
 from tests.tiny import random_skill, tiny_batch, tiny_policy
 
 CONF = {"_target_": "skillbank.models.diffusion.DiffusionPolicy", "observation_dim": 5, "action_dim": 3}
@@ -71,6 +73,39 @@ def test_an_adapter_made_by_peft_is_imported_with_its_scale(tmp_path):
     assert bank.card(ref).base == {"ref": None, "hash": None, "name": "org/base", "fingerprint": None}
     config = json.loads((sb.export("foreign", tmp_path / "out", bank) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_a_merge_says_of_the_base_what_its_skills_say(tmp_path, monkeypatch, capsys):
+    bank = sb.Bank(tmp_path / "bank")
+    told = {"base_model_name_or_path": "gpt2", "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    for number in range(2):
+        torch.manual_seed(number)
+        skill = sb.Skill({"a": (torch.randn(2, 6), torch.randn(4, 2))})
+        sb.write_adapter(skill, tmp_path / f"{number}", base_name="gpt2", fan_in_fan_out=True, task_type="CAUSAL_LM" if number else None)
+        sb.import_adapter(tmp_path / f"{number}", bank, f"s{number}")
+    arguments = ["merge", "s0", "s1", "--weights", "1,2", "-o", "m", "--bank", str(bank.root)]
+    monkeypatch.setattr(sys, "argv", ["skillbank", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert capsys.readouterr().out.endswith("m@1\n")
+    config = json.loads((sb.export("m", tmp_path / "out", bank) / "adapter_config.json").read_text())
+    assert {key: config[key] for key in told} == told
+    assert sb.rebuild("m", bank).equal
+
+
+@pytest.mark.parametrize(
+    "weights", [[np.float32(0.5), np.int64(2)], np.array([0.5, 2.0]), torch.tensor([0.5, 2.0]), (torch.tensor(0.5), torch.tensor([2.0]))]
+)
+def test_weights_of_numpy_and_torch_are_stored_as_numbers(bank, weights):
+    skill, card, adapter = merge_versions(["one", "two"], bank, weights=weights)
+    ref = bank.put(skill, "sum", card=card, adapter=adapter)
+    assert (bank.card(ref).conf["merge"]["weights"], [each["weight"] for each in bank.card(ref).parents]) == ([0.5, 2], [0.5, 2])
+    assert sb.rebuild(ref, bank).equal
+    ref = bank.put(sb.Composition("base", ("one", "two"), merge={"method": "stack", "weights": weights}), "both")
+    assert (bank.get(ref).weights, [each["weight"] for each in bank.card(ref).parents]) == ([0.5, 2], [0.5, 2])
+    skill, card, _ = merge_versions(["one", "two"], bank, weights=[{"*": np.float32(0.5)}, 1])
+    bank.put(skill, "patterns", card=card)
+    assert bank.card("patterns").conf["merge"]["weights"] == [{"*": 0.5}, 1]
 
 
 @pytest.mark.parametrize(

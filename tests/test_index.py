@@ -108,6 +108,29 @@ def test_a_damaged_card_is_named_until_it_is_mended(bank, time_stamps):
     assert listed(bank) == plain(bank)
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone", "no plain file"])
+def test_a_card_that_is_damaged_after_it_was_listed_is_named_where_it_is_looked_at(bank, monkeypatch, damage):
+    monkeypatch.setattr(indexing, "_SETTLED", 0)
+    bank.list()
+    path = bank.root / "walker/run/1/card.json"
+    card = path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(card.replace(b"skill", b"skilL", 1))
+    elif damage == "no plain file":
+        path.mkdir()
+    what = {"changed": "does not match its seal", "gone": "is missing", "no plain file": "is no plain file"}[damage]
+    for conditions in ((), ("kind = skill",)):
+        for entry in bank.list("skill", where=conditions):
+            if entry.name != "walker/run":
+                assert entry.card.kind == "skill"
+                continue
+            with pytest.raises(ValueError, match=rf"walker/run@1: card.json {what}.*; `skillbank rm walker/run@1 --force` takes it away"):
+                entry.card  # noqa: B018
+    with pytest.raises(ValueError, match=r"walker/run@1: card.json"):
+        bank.dependents("walker/walk@2")
+
+
 @pytest.mark.parametrize("damage", ["gone", "noise", "cut", "another format", "no database"])
 def test_an_index_that_cannot_be_read_is_made_anew(bank, cache, damage):
     before = listed(bank)

@@ -12,6 +12,7 @@ import pytest
 from skillbank import cli
 from skillbank.bank import Bank, Ref, UnknownRef
 from skillbank.bank import index as indexing
+from skillbank.bank import publish as publishing
 from skillbank.bank.remote import Remote
 from tests.test_bank import shipped, skill_of  # noqa: F401
 
@@ -222,22 +223,74 @@ def test_a_folder_that_is_swept_while_it_is_pushed_to(bank, tmp_path, monkeypatc
     assert not list(there.root.rglob(".partial"))
 
 
-@pytest.mark.parametrize("rest", ["an empty folder", "half a version"])
-def test_the_rest_of_a_push_that_was_killed(bank, tmp_path, monkeypatch, rest):
+RESTS = {
+    "nothing": {},
+    "no file yet": {".partial": lambda _: b""},
+    "half a push": {".partial": lambda _: b"", "README.md": lambda _: b"# Another", "adapter_config.json": lambda data: data},
+    "no card": {name: lambda data: data for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")},
+    "a copy that broke off": {"adapter_config.json": lambda data: data, "adapter_model.safetensors": lambda data: data[:100]},
+}
+
+
+@pytest.mark.parametrize("transfer", ["push", "pull"])
+@pytest.mark.parametrize("rest", RESTS)
+def test_what_is_left_of_a_version_does_not_stop_a_transfer(bank, tmp_path, monkeypatch, rest, transfer):
     monkeypatch.setattr(indexing, "_SETTLED", 0)
     there = Bank(tmp_path / "there")
     bank.push(str(there.root), "walker/walk@1")
-    (there.root / "walker/walk/2").mkdir()
-    there.list()
-    if rest == "half a version":
-        (there.root / "walker/walk/2/.partial").touch()
-        with pytest.raises(ValueError, match="walker/walk/2' is half a version, from a push that was not finished: finish it, or take"):
-            bank.push(str(there.root))
-        (there.root / "walker/walk/2/.partial").unlink()
-        shutil.copytree(bank.path("walker/walk@2"), there.root / "walker/walk/2", dirs_exist_ok=True)
-    bank.push(str(there.root))
+    folder = there.root / "walker/walk/2"
+    folder.mkdir()
+    for name, how in RESTS[rest].items():
+        source = bank.path("walker/walk@2") / name
+        (folder / name).write_bytes(how(source.read_bytes() if source.exists() else b""))
+    there.list(damaged=lambda _: None)
+    there.pull(str(bank.root)) if transfer == "pull" else bank.push(str(there.root))
+    assert contents(there) == contents(bank)
     assert Ref("walker/walk", 2) in [entry.ref for entry in there.list()]
-    assert there.verify() == []
+    assert (there.verify(), there.gc()) == ([], [])
+    assert not (folder / ".partial").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "notes.txt", "folder", "link"])
+def test_files_of_a_version_without_a_card_that_do_not_come_again_stay(bank, tmp_path, name):
+    there = Bank(tmp_path / "there")
+    bank.push(str(there.root))
+    folder = there.root / "walker/walk/2"
+    (folder / "card.json").unlink()
+    if name == "folder":
+        (folder / name).mkdir()
+    elif name == "link":
+        (folder / name).symlink_to("README.md")
+    else:
+        (folder / name).write_bytes(b"mine alone")
+    before = sorted(folder.iterdir())
+    for transfer in (lambda: bank.push(str(there.root)), lambda: there.pull(str(bank.root))):
+        with pytest.raises(ValueError, match=rf"walker/walk/2' has no card.json, and its {name} is not what is to go there: restore it, or take"):
+            transfer()
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["the same card", "another card", "a tombstone"])
+def test_what_becomes_whole_while_it_is_taken_out_of_the_way_stays(bank, tmp_path, monkeypatch, what):
+    there = Bank(tmp_path / "there")
+    bank.push(str(there.root))
+    folder = there.root / "walker/walk/2"
+    card = (folder / "card.json").read_bytes()
+    (folder / "card.json").unlink()
+    name, data = {
+        "the same card": ("card.json", card),
+        "another card": ("card.json", bank.place.card(Ref("walker/walk", 1))),
+        "a tombstone": ("tombstone.json", b""),
+    }[what]
+    begins = publishing._begins
+    monkeypatch.setattr(publishing, "_begins", lambda *paths: ((folder / name).write_bytes(data), begins(*paths))[1])
+    if what == "the same card":
+        bank.push(str(there.root))
+    else:
+        with pytest.raises(ValueError, match=r"walker/walk@2 (is another version here than there|was removed from .* meanwhile)"):
+            bank.push(str(there.root))
+    assert (folder / name).read_bytes() == data
+    assert (folder / "adapter_model.safetensors").exists()
 
 
 def test_a_version_that_was_removed_is_neither_pushed_nor_pulled(bank, tmp_path):

@@ -51,7 +51,7 @@ def read_moves(folder: Path) -> list[Move]:
     """
     try:
         return parse_moves(read_plain(folder / ALIASES_FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

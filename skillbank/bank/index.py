@@ -68,22 +68,22 @@ class Entry(_Fields):
         kind: `base`, `skill` or `composition`.
         base: reference of its base in the same bank, or nothing.
         hash: content hash.
-        problem: why the card cannot be read, or nothing; the fields before are empty then.
-        read: reads the card of a version, where the listing did not.
-        known: bytes of the card, where the listing read it.
+        problem: why the card cannot be read, and the way out, or nothing; the fields before are empty then.
+        read: reads the card of a version.
+        known: bytes of the card, where the listing has them; the file may have been changed since.
 
     """
 
     @classmethod
-    def of(cls, ref: Ref, data: bytes | None, read: Callable[[Ref], bytes], problem: str = "is missing") -> Entry:
-        """Entry of a version by its card's bytes, None where it has none because of a problem."""
+    def of(cls, ref: Ref, data: bytes | None, problem: str = "is missing") -> Entry:
+        """Entry of a version by the bytes of its card as they are now, None where it has none because of a problem."""
         try:
             if data is None:
                 raise ValueError(problem)
             card = Card.from_bytes(data)
         except ValueError as error:
-            return cls(ref.name, ref.number, "", "", "", f"{ref}: {CARD_FILE} {error}", read, None)
-        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, "", read, data)
+            return cls(ref.name, ref.number, "", "", "", _damaged(ref, error), lambda _: b"", None)
+        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, "", lambda _: data, data)
 
     @cached_property
     def ref(self) -> Ref:
@@ -92,13 +92,22 @@ class Entry(_Fields):
 
     @cached_property
     def data(self) -> bytes:
-        """Bytes of the card."""
+        """Bytes of the card, as the listing knows them."""
         return self.read(self.ref) if self.known is None else self.known
 
     @cached_property
     def card(self) -> Card:
-        """What the bytes say."""
-        return Card.from_bytes(self.data)
+        """What the card says now; a ValueError names the version where it was damaged since the listing knows it."""
+        try:
+            return Card.from_bytes(self.read(self.ref))
+        except FileNotFoundError:
+            raise ValueError(_damaged(self.ref, "is missing")) from None
+        except ValueError as error:
+            raise ValueError(_damaged(self.ref, error)) from None
+
+
+def _damaged(ref: Ref, what: object) -> str:
+    return f"{ref}: {CARD_FILE} {what}; `skillbank rm {ref} --force` takes it away"
 
 
 def cache_folder() -> Path:
@@ -149,7 +158,7 @@ def _ask(root: Path, name: str, condition: str, *values: str, cards: bool = Fals
         return Entry._make((*row[:6], card, row[7] if cards and not row[5] else None))
 
     def card(ref: Ref) -> bytes:
-        return (root / ref.name / str(ref.number) / CARD_FILE).read_bytes()
+        return read_plain(root / ref.name / str(ref.number) / CARD_FILE)
 
     def read(file: sqlite3.Connection) -> list[Entry]:
         _refresh(file, root, name)
@@ -231,7 +240,7 @@ def _rescan(file: sqlite3.Connection, root: Path, name: str, stamp: str) -> tupl
             if data is None and not is_version(folder):  # it was removed since the folder was looked into
                 gone.add(number)
                 continue
-            made = Entry.of(Ref(name, number), data, lambda _: b"", problem)
+            made = Entry.of(Ref(name, number), data, problem)
             changes.append(("INSERT OR REPLACE INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*made[:6], _sum(*made[:6]), now)))
             changes.append(("INSERT OR REPLACE INTO card VALUES (?, ?, ?, ?)", (name, number, data or b"", zlib.crc32(data or b""))))
             trusted &= not made.problem

@@ -10,8 +10,9 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,10 @@ def publish(bank: Bank, folder: Path, name: str, card: Card) -> Ref:
 
 
 def arrive(root: Path, folder: Path, ref: Ref) -> None:
-    """Rename a complete version from another bank to its own number; one with the same card may be there already.
+    """Rename a complete version from another bank to its own number; one with the same card, or what is left of one, may be there already.
 
     Raises:
-        ValueError: there is another version of that number, or was one, or half of one.
+        ValueError: there is another version of that number, or was one.
 
     """
     _flush(folder)
@@ -96,11 +97,31 @@ def arrive(root: Path, folder: Path, ref: Ref) -> None:
             raise
         if (target / TOMBSTONE_FILE).exists():
             raise ValueError(f"{ref} was removed from {str(root)!r} meanwhile: put it there under another name") from None
-        card = (target / CARD_FILE).read_bytes() if (target / CARD_FILE).exists() else b""
-        if not card and (target / PARTIAL_FILE).exists():
-            raise ValueError(f"{str(target)!r} is half a version, from a push that was not finished: finish it, or take that folder away") from None
-        same_version(ref, card, (folder / CARD_FILE).read_bytes())
+        if (target / CARD_FILE).exists():
+            same_version(ref, (target / CARD_FILE).read_bytes(), (folder / CARD_FILE).read_bytes())
+        else:
+            _take_out(root, target, folder)
+            arrive(root, folder, ref)
     fsync(target.parent)
+
+
+def _take_out(root: Path, target: Path, folder: Path) -> None:
+    """Take out of the way what lies where a version is to go and has no card: half a push, or files that all come again, so that nothing is lost."""
+    with suppress(FileNotFoundError), temporary(root) as aside:  # somebody else may take it out
+        kept = [] if (target / PARTIAL_FILE).exists() else [path for path in sorted(target.iterdir()) if not path.name.startswith(".")]
+        if other := next((path.name for path in kept if not _begins(folder / path.name, path)), None):
+            raise ValueError(f"{str(target)!r} has no {CARD_FILE}, and its {other} is not what is to go there: restore it, or take that folder away")
+        rename(target, rest := aside / target.name)
+        if any((rest / name).exists() for name in (CARD_FILE, TOMBSTONE_FILE)):  # which came meanwhile
+            rename(rest, target)
+
+
+def _begins(path: Path, part: Path) -> bool:
+    """Whether a file begins with the bytes of another, which is a plain file."""
+    if part.is_symlink() or not (part.is_file() and path.is_file()):
+        return False
+    with path.open("rb") as whole, part.open("rb") as file:
+        return all(whole.read(len(chunk)) == chunk for chunk in iter(partial(file.read, 2**22), b""))
 
 
 def same_version(ref: Ref, ours: bytes, theirs: bytes) -> None:

@@ -168,7 +168,8 @@ class BankReader:
             base: reference of the base that it belongs to.
             where: conditions on the card that all hold, such as `metrics.return > 600`, see `Where`.
             text: what the card contains, anywhere, whatever the case.
-            damaged: told of every version whose card cannot be read, which then is left out; None makes it an error.
+            damaged: told of every version whose card cannot be read, which then is left out; None makes it an error. A card that was changed
+                in its place after a listing has read it is an error where `Entry.card` is looked at.
 
         Raises:
             ValueError: an unknown kind, a condition of another form, or a card that cannot be read among the names that are asked for.
@@ -185,10 +186,9 @@ class BankReader:
             found = [entry for entry in found if matches(entry.name)]
         for entry in found:
             if entry.problem:
-                said = f"{entry.problem}; `skillbank rm {entry.ref} --force` takes it away"
                 if damaged is None:
-                    raise ValueError(said)
-                damaged(said)
+                    raise ValueError(entry.problem)
+                damaged(entry.problem)
         found = [entry for entry in found if not entry.problem]
         if kind is not None:
             found = [entry for entry in found if entry.kind == kind]

@@ -7,6 +7,7 @@ elsewhere. `composition`: `composition.json`, and `gate.safetensors` where the g
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from skillbank.skill import Skill
 
-__all__ = ["Base", "Composition", "Thing", "base_fingerprint", "kind_of", "read_payload", "stored_fingerprint", "write_payload"]
+__all__ = ["Base", "Composition", "Thing", "base_fingerprint", "kind_of", "plain_weights", "read_payload", "stored_fingerprint", "write_payload"]
 
 MODEL_FILE = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
@@ -89,6 +90,8 @@ class Composition:
             _check_target("gate", self.gate)
         elif self.tensors:
             raise ValueError(f"tensors are the gate's weights, but this composition is a merge: {sorted(self.tensors)}")
+        if self.merge is not None and "weights" in self.merge:
+            object.__setattr__(self, "merge", {**self.merge, "weights": plain_weights(self.merge["weights"])})
         if self.weights is not None and len(self.weights) != len(self.skills):
             raise ValueError(f"got {len(self.weights)} weights for {len(self.skills)} skills: give one weight per skill")
 
@@ -99,6 +102,19 @@ class Composition:
         if weights is not None and (not isinstance(weights, Sequence) or not all(isinstance(each, int | float) for each in weights)):
             raise ValueError(f"weights={weights!r} are no numbers")
         return None if weights is None else list(weights)
+
+
+def plain_weights(weights: Any) -> Any:
+    """Weights, or mappings to them, as JSON takes them: what numpy or torch holds becomes numbers of Python, the rest stays."""
+    given = weights.tolist() if hasattr(weights, "tolist") else weights
+    if not isinstance(given, list | tuple):
+        return given
+    return [{key: _plain(each[key]) for key in each} if isinstance(each, Mapping) else _plain(each) for each in given]
+
+
+def _plain(number: Any) -> Any:
+    """A number of Python in place of a single one of numpy's or torch's."""
+    return number.item() if math.prod(getattr(number, "shape", (0,))) == 1 else number
 
 
 Thing: TypeAlias = "Skill | Base | Checkpoint | Composition"

@@ -109,7 +109,7 @@ class Remote:
         """See `Place`; the cards are always read."""
         refs = [Ref(name, number) for name, numbers in self.names() for number in numbers]
         with ThreadPoolExecutor(_READERS) as readers:
-            return [Entry.of(ref, card, self.card) for ref, card in zip(refs, readers.map(self._card, refs), strict=True)]
+            return [Entry.of(ref, card) for ref, card in zip(refs, readers.map(self._card, refs), strict=True)]
 
     def with_content(self, prefix: str, name: str = "") -> list[Entry]:
         """See `Place`."""

@@ -71,7 +71,7 @@ def tombstone(folder: Path) -> dict[str, Any] | None:
     """
     try:
         return parse_tombstone(read_plain(folder / TOMBSTONE_FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -21,7 +21,7 @@ from skillbank.bank.publish import arrive, same_version, temporary
 from skillbank.bank.reader import BankReader
 from skillbank.bank.refs import Ref
 from skillbank.bank.remote import Remote, download
-from skillbank.bank.verify import check_files
+from skillbank.bank.verify import check_whole
 
 if TYPE_CHECKING:
     from skillbank.bank.store import Bank
@@ -46,12 +46,11 @@ def push(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
         done(count, len(wanted))
         if ref.number not in numbers[ref.name]:
             remote.files.invalidate_cache()  # somebody may have put it there meanwhile
-        if ref.number in numbers[ref.name] or there.place.has(ref):
-            same_version(ref, bank.place.card(ref), there.place.card(ref))
+        if (ref.number in numbers[ref.name] or there.place.has(ref)) and (card := _card(there, ref)) is not None:
+            same_version(ref, bank.place.card(ref), card)
             continue
         _check_removed(there, ref)
-        if problem := next(check_files(bank.path(ref), ref, bank.card(ref), trusted=bank.place.trusted(ref)), None):
-            raise ValueError(f"{problem}: it was not pushed; restore it from a copy")
+        check_whole(bank, ref)
         if home is None:
             write(_files(bank, ref), str(ref))
         else:
@@ -79,8 +78,8 @@ def pull(bank: Bank, url: str, refs: Sequence[str | Ref] = (), *, done: Done) ->
     got = []
     for count, ref in enumerate(wanted):
         done(count, len(wanted))
-        if bank.place.has(ref):
-            same_version(ref, bank.place.card(ref), remote.card(ref))
+        if bank.place.has(ref) and (card := _card(bank, ref)) is not None:
+            same_version(ref, card, remote.card(ref))
             continue
         _check_removed(bank, ref)
         with temporary(bank.root) as folder:
@@ -100,6 +99,14 @@ def _wanted(bank: BankReader, refs: Sequence[str | Ref]) -> list[Ref]:
     aliased = {Ref(name, number) for name in {ref.name for ref in found} for number in bank.aliases(name).values()}
     more = sorted((ref for ref in aliased - {*found} if bank.place.has(ref)), key=str)
     return _wanted(bank, [*found, *more]) if more else found
+
+
+def _card(bank: BankReader, ref: Ref) -> bytes | None:
+    """Bytes of a card, None where a version has lost it."""
+    try:
+        return bank.place.card(ref)
+    except FileNotFoundError:
+        return None
 
 
 def _check_removed(bank: BankReader, ref: Ref) -> None:

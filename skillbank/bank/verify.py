@@ -19,7 +19,7 @@ from skillbank.bank.sealed import file_digest
 if TYPE_CHECKING:
     from skillbank.bank.reader import BankReader
 
-__all__ = ["Problem", "check_files", "check_links", "verify"]
+__all__ = ["Problem", "check_files", "check_links", "check_whole", "verify"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ def check_files(folder: Path, ref: Ref, card: Card, *, trusted: bool = False) ->
             yield Problem(str(ref), name, "does not match the hash in its card: it was changed after it was written")
     if content_hash(card.files) != card.hash:
         yield Problem(str(ref), CARD_FILE, "has a content hash that its own files do not give")
+
+
+def check_whole(bank: BankReader, ref: Ref) -> None:
+    """Check every file of a version that is to go elsewhere; a ValueError names the first that is wrong."""
+    if problem := next(check_files(bank.path(ref), ref, bank.card(ref), trusted=bank.place.trusted(ref)), None):
+        raise ValueError(f"{problem}: it was not pushed; restore it from a copy")
 
 
 def check_links(bank: BankReader, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:

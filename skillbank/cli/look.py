@@ -9,6 +9,7 @@ import typer
 
 from skillbank.bank import Bank, Card, Ref
 from skillbank.bank.card import KINDS, weighted
+from skillbank.bank.index import Entry
 from skillbank.bank.query import field
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, app, complete_ref
 from skillbank.display import answer, card_fields, lineage_tree, new_table, print_fitting, print_json, print_one, print_parts, progress, telling
@@ -29,9 +30,12 @@ def list_(
     json: JsonOption = False,
 ) -> None:
     """List the newest version of every name that is asked for; of one whose card is damaged a line on stderr tells."""
-    entries = Bank(bank).list(kind, pattern, base=base, where=where or (), text=text, damaged=lambda said: typer.echo(f"skillbank: {said}", err=True))
-    if not every:
-        entries = list({entry.ref.name: entry for entry in entries}.values())
+    entries = Bank(bank).list(kind, pattern, base=base, where=where or (), text=text, damaged=_tell)
+    shown: dict[object, Entry] = {}
+    for entry in reversed(entries):
+        if (key := entry.ref if every else entry.name) not in shown and _is_readable(entry):
+            shown[key] = entry
+    entries = list(shown.values())[::-1]
     if sort is not None:
         known = [(entry, value) for entry in entries if isinstance(value := field(entry.card, sort), int | float)]
         entries = [entry for entry, _ in sorted(known, key=lambda each: -each[1])]
@@ -47,6 +51,19 @@ def list_(
         "created": [entry.card.created[:10] for entry in entries],
     }
     print_fitting(columns)
+
+
+def _tell(said: object) -> None:
+    typer.echo(f"skillbank: {said}", err=True)
+
+
+def _is_readable(entry: Entry) -> bool:
+    """Whether the card of a version can be read now; where it was damaged since it was listed first, a line on stderr tells."""
+    try:
+        return bool(entry.card)
+    except ValueError as error:
+        _tell(error)
+        return False
 
 
 @app.command()

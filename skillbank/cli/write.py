@@ -137,8 +137,8 @@ def _merged(
     """Reference of the merge in the bank if it has a name there, its certificate, and the exact skills."""
     from skillbank.recipe import merge_versions
 
-    skill, card = merge_versions(refs, store, weights=weights, method=method, **options)
-    ref = None if output is None else str(store.put(skill, output, card=card))
+    skill, card, adapter = merge_versions(refs, store, weights=weights, method=method, **options)
+    ref = None if output is None else str(store.put(skill, output, card=card, adapter=adapter))
     return ref, card["conf"]["certificate"], [str(store.resolve(each)) for each in refs]
 
 
