@@ -5,9 +5,9 @@ python -m benchmarks.psec_ablations                    what is missing there is 
 python -m benchmarks.psec_ablations --quick            one tiny cell of each row, to see that it runs
 
 `rank-R`: skill and gate as in `psec_continual`, of another rank (8 is its `psec`); `rank-R-alone` without the gate. `mlp`: a dense delta per layer
-instead of factors, PSEC(MLP), started at random as the paper's curve suggests, or at 0 (`mlp-zero`: nothing but fine-tuning the weights, gated);
-`mlp-alone` without the gate, whose raw output is the weight itself there and so starts sixteen times farther from 0 than over factors. `reg-mean`, `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was
-trained with Mish with SiLU instead.
+instead of factors, PSEC(MLP), started at random as the paper's curve suggests, or at 0 (`mlp-zero`: nothing but fine-tuning the weights, gated); the
+raw output of its gate is the weight itself and starts sixteen times farther from 0 than over factors. `mlp-alone` is without the gate. `reg-mean`,
+`reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was trained with Mish with SiLU instead.
 
 The levels with equal starts: the gates of `nsec` and `asec` start at 1 for the newest member and that of `psec` nearly at 0, as in the official code;
 `psec-newest` starts as they do, `nsec-official` and `asec-official` as it does.
