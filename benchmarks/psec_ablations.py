@@ -3,6 +3,7 @@
 python -m benchmarks.psec_ablations --from-results     the table from benchmarks/results/psec_ablations.jsonl
 python -m benchmarks.psec_ablations                    what is missing there is trained and evaluated, row by row; stop and start it at will
 python -m benchmarks.psec_ablations --quick            one tiny cell of each row, to see that it runs
+python -m benchmarks.psec_ablations --weights psec nsec     what their gates say of the newest skill in the test episodes; stores nothing
 
 `rank-R`: skill and gate as in `psec_continual`, of another rank (8 is its `psec`); `rank-R-alone` without the gate. `mlp`: a dense delta per layer
 instead of factors, PSEC(MLP), started at random as the paper's curve suggests, or at 0 (`mlp-zero`: nothing but fine-tuning the weights, gated); the
@@ -25,13 +26,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import skillbank as sb
 from benchmarks import psec_continual, stored
@@ -46,6 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
 SCENARIO, SETTING = "S->W", "det10"
 PLAIN = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "batch_size=512")
 GATE = (*PLAIN, "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant", "gate=official", "standardise=false")
+QUICK = ("fit.steps=3", "batch_size=8")
 SEARCH_SEED = 20
 """Of environment seeds from 20,000 on."""
 
@@ -170,6 +172,7 @@ COUNTED: dict[str, Callable[[Study, str], Model]] = {
 }
 """Rows of the table by the number of demonstrations."""
 ROWS |= {f"{row}-of-{setting.removeprefix('sto')}": of for setting in MORE for row, of in COUNTED.items()}
+GATED = ("psec", "nsec", "asec", "psec-newest", "nsec-official", "asec-official", "psec-action", "nsec-noise", "reg-mean", "reg-code")
 KEPT = {"rank-8": "psec", "rank-8-alone": "lora", "nsec": "nsec", "asec": "asec"}
 """Rows that `psec_continual` has."""
 
@@ -208,6 +211,22 @@ def counted() -> str:
     return markdown(lines)
 
 
+def said(row: str, seeds: Sequence[int], overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """What the gate of a row, trained where it is not yet, says of the newest skill in ten test episodes: quantiles over all steps, by seed."""
+    lines = []
+    for seed in seeds:
+        study = Study(SETTING, seed, overrides)
+        task = study.task(SCENARIOS[SCENARIO][0])
+        task.max_steps = 20 if overrides else None
+        model: Any = (ROWS | psec_continual.ROWS)[row](study, SCENARIO)
+        met: list[Tensor] = []
+        model.gate.register_forward_hook(lambda gate, inputs, weights, met=met: met.append(weights[..., -1].flatten()))
+        task.rollout(model, episodes=1 if overrides else 10)
+        low, middle, high = torch.cat(met).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+        lines.append({"row": row, "seed": seed, "5 %": f"{low:.2f}", "median": f"{middle:.2f}", "95 %": f"{high:.2f}"})
+    return lines
+
+
 def cell(row: str) -> tuple[str, str, str]:
     """Setting and row that a row of the command line is in `psec_continual`, and the name of its results."""
     row, _, setting = row.partition("-of-")
@@ -218,14 +237,18 @@ def cell(row: str) -> tuple[str, str, str]:
 def main() -> None:
     """Run the command line."""
     parser = stored.parser(__doc__, "every row with a few steps")
+    parser.add_argument("--weights", nargs="+", metavar="ROW", choices=GATED, help=f"what gates say in the test episodes, of {', '.join(GATED)}")
     stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
+    if options.weights:
+        print(markdown([line for row in options.weights for line in said(row, options.seeds, QUICK if options.quick else ())]))
+        return
     computed = {row: partial(compute, SCENARIO, cell(row)[0], cell(row)[1], rows=ROWS | COUNTED) for row in options.rows}
     if options.quick:
         shutil.rmtree(Path("runs/psec_continual/quick"), ignore_errors=True)
-        quick = partial(partial, seed=0, overrides=("fit.steps=3", "batch_size=8"), episodes=1)
+        quick = partial(partial, seed=0, overrides=QUICK, episodes=1)
         results = [quick(each)() | {"name": f"{SCENARIO}/{SETTING}/{row}"} for row, each in computed.items()]
     elif not options.from_results:
         wanted = ((cell(row)[2], seed, partial(each, seed=seed)) for seed in options.seeds for row, each in computed.items())

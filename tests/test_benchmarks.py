@@ -119,6 +119,12 @@ def test_quick_cells_of_the_ablations():
     assert all(0 < float(row["mean"]) < 20 for row in rows)  # of twenty steps
 
 
+def test_what_a_gate_says_in_test_episodes():
+    (row,) = rows_of(run("benchmarks.psec_ablations", "--quick", "--weights", "psec-newest", "--seeds", "3"))
+    assert (row["row"], row["seed"]) == ("psec-newest", "3")
+    assert 0.5 < float(row["5 %"]) <= float(row["median"]) <= float(row["95 %"]) < 1.5
+
+
 def test_a_bank_survives_faults():
     done = run("benchmarks.bank_faults", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]
