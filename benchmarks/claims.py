@@ -238,8 +238,8 @@ def dynamics() -> list[Claim]:
             "C6",
             "A LoRA on a base of shifted dynamics is better than joint training and than scratch (HalfCheetah, medium data)",
             against({"joint": "joint", "scratch": "scratch"}, psec_dynamics.SHIFTS),
-            "above joint training with every shift (of 5,000 steps, where source and LoRA have 7,500), but a network of the target data alone does as "
-            "well, and both are about as good as these data; "
+            "above joint training with every shift (of 5,000 steps, where source and LoRA have 7,500), but a network of the target data alone does "
+            "as well, and both are about as good as these data; "
             "the policy of the source with other thighs, untouched, is far better than all of them.",
         ),
         Claim(
