@@ -133,8 +133,8 @@ def continual() -> list[Claim]:
             "C1",
             "From ten demonstrations, stand to walk: PSEC > PSEC(MLP) > NSEC > ASEC and scratch, all gates started near 0 as in the official code",
             [Comparison(*each) for each in orders],
-            "with these starts the means of the levels are in the paper's order, with another start they are not, and the seeds decide neither; PSEC(MLP) is "
-            "where scratch is. Whether the gap closes by 100 demonstrations is open as long as the table by their number has gaps.",
+            "with these starts the means of the levels are in the paper's order, with another start they are not, and the seeds decide neither; "
+            "PSEC(MLP) is where scratch is. Whether the gap closes by 100 demonstrations is open as long as the table by their number has gaps.",
         ),
         Claim(
             "C1, another start",
@@ -239,14 +239,15 @@ def dynamics() -> list[Claim]:
             "C6",
             "A LoRA on a base of shifted dynamics is better than joint training and than scratch (HalfCheetah, medium data)",
             against({"joint": "joint", "scratch": "scratch"}, psec_dynamics.SHIFTS),
-            "above joint training with every shift (of 5,000 steps, where source and LoRA have 7,500), but a network of the target data alone does "
-            "as well, and both are about as good as these data; "
+            "above joint training with two of three shifts (which has 5,000 steps, source and LoRA have 7,500), but a network of the target data "
+            "alone does as well, and both are about as good as these data; "
             "the policy of the source with other thighs, untouched, is far better than all of them.",
         ),
         Claim(
             "controls of C6",
             "It is the source that helps: better than a LoRA without one, and than one on unshifted data",
             against({"lora-random": "LoRA on random weights", "lora-unshifted": "LoRA on unshifted data"}, psec_dynamics.SHIFTS),
+            "above a LoRA on random weights with every shift; on a base of data like the target's it is as good, and so is that base, untouched.",
         ),
     ]
 
