@@ -48,6 +48,8 @@ SHIFTS = ("friction", "gravity", "thigh")
 TARGETS = ("medium", "medium-replay", "medium-expert")
 STEPS = {"base": 5000, "skill": 2500, "critic": 10_000}
 """Of training, in batches of 256; the paper takes 200 thousand for base and skill, in batches of 512."""
+PAPER = {"medium": (40, 41, 41), "medium-replay": (31, 29, 32), "medium-expert": (42, 42, 44)}
+"""D4RL scores of PSEC in a figure of the paper, by target data, in the order of SHIFTS."""
 QUICK = ("fit.steps=3", "batch_size=8")
 
 
@@ -277,7 +279,9 @@ def table(results: list[dict[str, Any]]) -> str:
             line[f"{shift}, {data}"] = f"{shown} ({len(found)})" if 0 < len(found) < 3 else shown
         lines.append(line)
     behaviour = {f"{shift}, {data}": f"{score(manifest()['sets'][data]['mean_return']):.1f}" for shift, data in columns}
-    return markdown([*lines, {"": "the target data themselves", **behaviour}])
+    paper = {f"{shift}, {data}": PAPER[data][SHIFTS.index(shift)] for shift, data in columns}
+    lines += [{"": "the target data themselves", **behaviour}, {"": "the paper's PSEC, of other data, by D4RL's references", **paper}]
+    return markdown(lines)
 
 
 def main() -> None:
