@@ -91,7 +91,8 @@ class Progress:
         if other := {key: value for key, value in json.loads(notes["settings"]).items() if value != self.settings[key]}:
             here = {key: self.settings[key] for key in other}
             raise ValueError(f"{self.folder} holds a run with {other}, this one has {here}: use the same settings to resume, or another folder")
-        here = {key: value for key, value in self.tensors().items() if key != "losses" and not key.startswith("buffer/")}
+        without = not any(key.startswith("buffer/") for key in stored)  # as checkpoints once were
+        here = {key: value for key, value in self.tensors().items() if key != "losses" and not (without and key.startswith("buffer/"))}
         here |= {key: value for name, value in self.model.named_buffers() if (key := f"buffer/{name}") in stored}
         for key in sorted(here.keys() | stored.keys() - {"losses"}):
             found, live = (tuple(side[key].shape) if key in side else None for side in (stored, here))

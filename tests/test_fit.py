@@ -112,7 +112,8 @@ def test_a_checkpoint_without_buffers_resumes_still(tmp_path):
     save_tensors(path, {key: value for key, value in tensors.items() if not key.startswith("buffer/")}, notes)
     old = Normed()
     assert fit(old, killed_at(0), old.parameters(), folder=tmp_path, **NORMED).rows == rows
-    for key, other, what in [("param/out.bias", None, "no 'param/out.bias'"), ("buffer/more", torch.ones(1), "'buffer/more', which this has not")]:
+    lost, more = ("buffer/net.1.running_mean", "param/out.bias"), "'buffer/more', which this has not"
+    for key, other, what in [*((name, None, f"no '{name}'") for name in lost), ("buffer/more", torch.ones(1), more)]:
         changed = {**tensors, key: other}
         save_tensors(path, {name: value for name, value in changed.items() if value is not None}, notes)
         with pytest.raises(ValueError, match=f"its checkpoint has {what}; use another folder"):
