@@ -120,15 +120,12 @@ class Study:
         return self._once(name, "compose", overrides, compose_entry.compose)
 
     def _once(self, name: str, config: str, overrides: list[str], make: Callable[..., str]) -> str:
-        try:
-            ref = str(self.bank.resolve(name))
-        except KeyError:
+        def made() -> str:
             with initialize_config_dir(str(ROOT / "conf"), version_base=None):
                 conf = hydra_compose(config, overrides)
-            print(f"-- {name}", flush=True)
-            ref = make(conf)
-        self.used[name] = self.bank.card(ref).hash[:12]
-        return ref
+            return make(conf)
+
+        return stored.once(self.bank, name, made, self.used)
 
     def load(self, ref: str, temperature: float = 1.0) -> ModelModule:
         """Model of a version, its sampler at the given temperature."""

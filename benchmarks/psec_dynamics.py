@@ -102,19 +102,14 @@ class Study:
     def made(self, name: str, data: str, *overrides: str, entry: Callable[..., str] = train_entry.train) -> str:
         """Reference of a version, trained on a data set if it is not in the bank yet."""
         name = f"{name}/seed-{self.seed}"
-        try:
-            ref = str(self.bank.resolve(name))
-        except (FileNotFoundError, KeyError):
-            ref = self._make(name, data, overrides, entry)
-        self.used[name] = self.bank.card(ref).hash[:12]
-        return ref
-
-    def _make(self, name: str, data: str, overrides: tuple[str, ...], entry: Callable[..., str]) -> str:
         given = [f"task=halfcheetah/{data}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0", *overrides]
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            conf = hydra_compose(entry.__name__, [*given, *(QUICK if self.quick else ())])
-        print(f"-- {name}", flush=True)
-        return entry(conf)
+
+        def make() -> str:
+            with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+                conf = hydra_compose(entry.__name__, [*given, *(QUICK if self.quick else ())])
+            return entry(conf)
+
+        return stored.once(self.bank, name, make, self.used)
 
     def policy(self, name: str, data: str, *overrides: str) -> str:
         """A policy trained from scratch."""

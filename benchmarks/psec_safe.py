@@ -149,14 +149,8 @@ class Study:
     def made(self, name: str, kind: str, *overrides: str, entry: Callable[..., str] = train_entry.train) -> str:
         """Reference of a version, trained on all data or on the safe demonstrations (`_safe`) if it is not in the bank yet."""
         name = f"{name}/{self.name}/seed-{self.seed}"
-        try:
-            ref = str(self.bank.resolve(name))
-        except (FileNotFoundError, KeyError):
-            print(f"-- {name}", flush=True)
-            given = (f"task={TASKS[self.name]}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
-            ref = entry(self.conf(entry.__name__, *given, *overrides))
-        self.used[name] = self.bank.card(ref).hash[:12]
-        return ref
+        given = (f"task={TASKS[self.name]}{kind}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0")
+        return stored.once(self.bank, name, lambda: entry(self.conf(entry.__name__, *given, *overrides)), self.used)
 
     def policy(self, name: str, kind: str, steps: int) -> str:
         """A policy trained from scratch."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-__all__ = ["by_threads", "commit", "complete", "load", "parser", "so_far", "store", "study_options", "where"]
+__all__ = ["by_threads", "commit", "complete", "load", "once", "parser", "so_far", "store", "study_options", "where"]
 
 Row = dict[str, Any]
 
@@ -58,6 +58,17 @@ def complete(path: Path, cells: Iterable[tuple[str, int, Callable[[], Row]]], sa
             if not there(name, seed):  # others may have computed the same meanwhile
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def once(bank: Any, name: str, make: Callable[[], str], used: dict[str, str]) -> str:
+    """Reference of what a study's bank has under a name, made if it has not; its hash goes into `used`, by the name."""
+    try:
+        ref = str(bank.resolve(name))
+    except (FileNotFoundError, KeyError):
+        print(f"-- {name}", flush=True)
+        ref = make()
+    used[name] = bank.card(ref).hash[:12]
+    return ref
 
 
 def store(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
