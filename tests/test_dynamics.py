@@ -235,5 +235,8 @@ def test_the_benchmark_runs():
     printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")]
     column = printed[0].index("friction, medium")
     assert sum(line[column].endswith("(1)") for line in printed[2:]) == len(rows)
-    assert printed[-1][0] == "the target data themselves"
-    assert float(printed[-1][column]) > 20
+    data, paper = printed[-2:]
+    assert data[0] == "the target data themselves"
+    assert float(data[column]) > 20
+    assert paper[0].startswith("the paper's PSEC")
+    assert float(paper[column]) == 40
