@@ -1,4 +1,4 @@
-"""What a training run has come to: parameters, changed buffers, moments, EMA, step and rows, kept in a checkpoint and found again."""
+"""What a training run has come to: parameters, buffers, moments, EMA, step and rows, kept in a checkpoint and found again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from skillbank.tensors import load_tensors, save_tensors
@@ -21,12 +20,15 @@ from skillbank.tensors import load_tensors, save_tensors
 __all__ = ["METRICS", "Progress"]
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+_SMALL = 2**20
+"""Bytes."""
 
 
 class Progress:
-    """What a checkpoint holds: parameters, moments, EMA, step, the rows of the metrics file, and buffers of the model's state that training changed.
+    """What a checkpoint holds: parameters, moments, EMA, step, the rows of the metrics file, and buffers of the model's state.
 
-    Frozen weights may be buffers as well, those of quantised layers are: what stays as it is need not be kept.
+    Weights of quantised layers are buffers, too: those above a mebibyte that are not in single precision, as what is learned on the way is, are
+    left out as long as nothing is seen to write to them.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by name."""
-        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.buffers and self._changed(name, value)}
+        flat = {f"buffer/{name}": value for name, value in self.model.named_buffers() if name in self.buffers and self._is_kept(name, value)}
         flat |= {"losses": torch.stack(self.losses) if self.losses else torch.zeros(0)}
         for i, (name, p) in enumerate(self.trained.items()):
             flat |= {f"param/{name}": p.detach(), **{f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}}
@@ -70,10 +72,12 @@ class Progress:
                 flat[f"ema/{name}"] = self.shadow[i]
         return flat
 
-    def _changed(self, name: str, value: Tensor) -> bool:
-        """Whether training has written to a buffer or replaced it; running statistics do not tell."""
-        norm = isinstance(self.model.get_submodule(name.rpartition(".")[0]), _NormBase)
-        return norm or value is not self.buffers[name][0] or _version(value) != self.buffers[name][1]
+    def _is_kept(self, name: str, value: Tensor) -> bool:
+        """Whether a checkpoint holds a buffer; not all that writes to one, such as batch normalisation or `.data`, is seen."""
+        plain = value.layout == torch.strided and all(stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+        if plain and (value.dtype == torch.float32 or value.nbytes <= _SMALL):
+            return True
+        return value is not self.buffers[name][0] or _version(value) != self.buffers[name][1]
 
     def save(self, accelerator: Accelerator) -> None:
         """Write a checkpoint."""
@@ -81,7 +85,8 @@ class Progress:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         notes = {"step": str(self.step), "seconds": str(self.seconds), "settings": json.dumps(self.settings), "rows": json.dumps(self.rows)}
-        save_tensors(self.folder / CHECKPOINT, self.tensors(), notes)
+        apart = {key: value.clone() if key.startswith("buffer/") else value for key, value in self.tensors().items()}  # memory may be shared
+        save_tensors(self.folder / CHECKPOINT, apart, notes)
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; a ValueError where it is another run's."""

@@ -132,7 +132,7 @@ def test_what_cannot_be_logged(bank, tmp_path):  # noqa: F811
 def test_a_damaged_version_is_not_logged(bank, tmp_path):  # noqa: F811
     path = bank.path("walker/stand@1") / "model.json"
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    message = r"walker/stand@1: model.json does not match the hash in its card.*: it was not pushed; restore it from a copy"
+    message = r"walker/stand@1: model.json does not match the hash in its card.*: it was left where it is; restore it from a copy"
     with pytest.raises(ValueError, match=message):
         sb.log_artifacts(bank, ["walker/walk@1"], project="mine")
     assert runs(tmp_path) == []

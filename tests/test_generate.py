@@ -290,14 +290,22 @@ def test_padding_on_the_left_changes_no_loss(kind):
         torch.testing.assert_close(model.context(left), model.context(right))
 
 
-@pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_a_net_that_counts_its_own_positions_is_left_to(kind):
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "opt", "roberta", "xlm-roberta"])
+def test_what_is_generated_is_what_the_net_computes_or_the_net_is_refused(kind):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
-    model = CausalLM({"model_type": kind, "is_decoder": True, "initializer_range": 0.3, "pad_token_id": 1, **sizes}).eval()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY, "word_embed_proj_dim": 16}
+    spread = {"initializer_range": 0.3, "init_std": 0.3, "pad_token_id": 1, "eos_token_id": None, "bos_token_id": None}
+    config = {"model_type": kind, "is_decoder": True, **sizes, **spread}
+    if "roberta" in kind:
+        with pytest.raises(ValueError, match=r"ForCausalLM does not generate what it computes: .* take a net that is made to go on with text"):
+            CausalLM(config)
+        return
+    model = CausalLM(config).eval()
     ids = BATCH["input_ids"]
-    found = model.losses({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    torch.testing.assert_close(found, torch.stack([model.net(ids[i : i + 1], labels=ids[i : i + 1]).loss for i in range(len(ids))]).detach())
+    found = torch.cat([ids, model.predict({"input_ids": ids}, max_new_tokens=5)], dim=1)
+    assert torch.equal(found[:, ids.shape[1] :], model.net(found).logits.argmax(-1)[:, ids.shape[1] - 1 : -1])
+    losses = model.losses({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    torch.testing.assert_close(losses, torch.stack([model.net(ids[i : i + 1], labels=ids[i : i + 1]).loss for i in range(len(ids))]).detach())
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch about itself

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import uuid
+from contextlib import suppress
 
 import fsspec
 import pytest
@@ -14,6 +15,7 @@ from skillbank.bank import Bank, Ref, UnknownRef
 from skillbank.bank import index as indexing
 from skillbank.bank import publish as publishing
 from skillbank.bank.remote import Remote
+from skillbank.bank.transfer import _files
 from tests.test_bank import shipped, skill_of  # noqa: F401
 
 
@@ -200,6 +202,39 @@ def test_what_appears_meanwhile_is_not_written_over(bank, url, tmp_path):
     assert copy.verify() == []
 
 
+@pytest.mark.parametrize("seeds", [(21, 21), (21, 22)])
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_two_that_write_the_same_number_at_once_never_mix(tmp_path, monkeypatch, kind, after, seeds):
+    """The first writes file by file, as to a folder that is of another machine; the second pushes in between."""
+    url = str(tmp_path / "there") if kind == "folder" else f"memory://{uuid.uuid4().hex}"
+    one, other = (Bank(tmp_path / name) for name in ("one", "other"))
+    for each, seed in zip((one, other), seeds, strict=True):
+        each.put(skill_of(seed), "skill")
+    remote, ref, count = Remote(url), Ref("skill", 1), iter(range(10))
+    put = remote._put
+
+    def slowly(path, data):
+        put(path, data)
+        if next(count) == after:
+            with suppress(ValueError):  # another half is not taken out of the way
+                other.push(url)
+
+    monkeypatch.setattr(remote, "_put", slowly)
+    refused = False
+    try:
+        remote._in_turn(_files(one, ref), str(ref))
+    except ValueError as error:
+        refused = "skill@1 is written there by somebody else as well: push again when they are done" in str(error)
+        assert refused
+    copy = Bank(tmp_path / "copy")
+    copy.root.mkdir()
+    copy.pull(url)
+    assert copy.verify() == []
+    assert copy.card("skill") == (other if refused else one).card("skill")
+    assert refused or seeds[0] != seeds[1]
+
+
 def test_an_alias_that_is_moved_meanwhile_stays(bank, other, url):
     bank.alias("walker/walk", "mine", 1)
     other.alias("walker/walk", "theirs", 2, protect=True)
@@ -226,7 +261,7 @@ def test_a_folder_that_is_swept_while_it_is_pushed_to(bank, tmp_path, monkeypatc
 RESTS = {
     "nothing": {},
     "no file yet": {".partial": lambda _: b""},
-    "half a push": {".partial": lambda _: b"", "README.md": lambda _: b"# Another", "adapter_config.json": lambda data: data},
+    "half a push": {".partial": lambda _: b"", "README.md": lambda data: data, "adapter_config.json": lambda data: data[:10]},
     "no card": {name: lambda data: data for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")},
     "a copy that broke off": {"adapter_config.json": lambda data: data, "adapter_model.safetensors": lambda data: data[:100]},
 }
@@ -314,7 +349,7 @@ def test_a_version_that_was_removed_is_neither_pushed_nor_pulled(bank, tmp_path)
 def test_a_damaged_version_is_not_pushed(bank, url):
     path = bank.path("walker/walk@2") / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    message = r"walker/walk@2: adapter_model.safetensors does not match the hash in its card.*: it was not pushed; restore it from a copy"
+    message = r"walker/walk@2: adapter_model.safetensors does not match the hash in its card.*: it was left where it is; restore it from a copy"
     with pytest.raises(ValueError, match=message):
         bank.push(url)
     assert Ref("walker/walk", 2) not in [entry.ref for entry in Bank(url if "://" in url else f"file://{url}").list()]

@@ -120,6 +120,19 @@ def test_dependents(bank):
     assert bank.dependents("walker/both") == []
 
 
+def test_what_is_removed_while_it_is_listed_depends_on_nothing(bank, monkeypatch):
+    listed = Bank.list
+
+    def then_removed(self, *args, **options):
+        found = listed(self, *args, **options)
+        monkeypatch.undo()
+        self.remove("walker/gated@1")
+        return found
+
+    monkeypatch.setattr(Bank, "list", then_removed)
+    assert [str(ref) for ref in bank.dependents("walker/walk@2")] == ["walker/run@1"]
+
+
 def test_what_is_needed_is_not_removed(bank):
     with pytest.raises(ValueError, match="walker/walk@2 is needed by walker/gated@1, walker/run@1: remove these first, or force it"):
         bank.remove("walker/walk@2")

@@ -14,13 +14,13 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from skillbank.bank.card import CARD_FILE, Card
 from skillbank.bank.layout import below, is_version, scan
-from skillbank.bank.refs import Ref
+from skillbank.bank.refs import Ref, UnknownRef
 from skillbank.bank.sealed import read_plain
 
 __all__ = ["CACHE", "Entry", "cache_folder", "entries", "trust", "trusted", "with_content"]
@@ -55,7 +55,7 @@ class _Fields(NamedTuple):
     base: str
     hash: str
     problem: str
-    read: Callable[[Ref], bytes]
+    read: Callable[[], bytes]
     known: bytes | None
 
 
@@ -69,7 +69,7 @@ class Entry(_Fields):
         base: reference of its base in the same bank, or nothing.
         hash: content hash.
         problem: why the card cannot be read, and the way out, or nothing; the fields before are empty then.
-        read: reads the card of a version.
+        read: reads its card.
         known: bytes of the card, where the listing has them; the file may have been changed since.
 
     """
@@ -82,8 +82,8 @@ class Entry(_Fields):
                 raise ValueError(problem)
             card = Card.from_bytes(data)
         except ValueError as error:
-            return cls(ref.name, ref.number, "", "", "", _damaged(ref, error), lambda _: b"", None)
-        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, "", lambda _: data, data)
+            return cls(ref.name, ref.number, "", "", "", _damaged(ref, error), lambda: b"", None)
+        return cls(ref.name, ref.number, card.kind, (card.base and card.base["ref"]) or "", card.hash, "", lambda: data, data)
 
     @cached_property
     def ref(self) -> Ref:
@@ -93,13 +93,13 @@ class Entry(_Fields):
     @cached_property
     def data(self) -> bytes:
         """Bytes of the card, as the listing knows them."""
-        return self.read(self.ref) if self.known is None else self.known
+        return self.read() if self.known is None else self.known
 
     @cached_property
     def card(self) -> Card:
-        """What the card says now; a ValueError names the version where it was damaged since the listing knows it."""
+        """What the card says now: a ValueError names a version that was damaged since the listing, an UnknownRef one that was removed."""
         try:
-            return Card.from_bytes(self.read(self.ref))
+            return Card.from_bytes(self.read())
         except FileNotFoundError:
             raise ValueError(_damaged(self.ref, "is missing")) from None
         except ValueError as error:
@@ -155,10 +155,15 @@ def _ask(root: Path, name: str, condition: str, *values: str, cards: bool = Fals
     def of(row: tuple[Any, ...]) -> Entry:
         if _sum(*row[:6]) != row[6] or (cards and zlib.crc32(row[7]) != row[8]):
             raise sqlite3.DatabaseError("a row is damaged")
-        return Entry._make((*row[:6], card, row[7] if cards and not row[5] else None))
+        return Entry._make((*row[:6], partial(card, *row[:2]), row[7] if cards and not row[5] else None))
 
-    def card(ref: Ref) -> bytes:
-        return read_plain(root / ref.name / str(ref.number) / CARD_FILE)
+    def card(name: str, number: int) -> bytes:
+        try:
+            return read_plain((folder := root / name / str(number)) / CARD_FILE)
+        except FileNotFoundError:
+            if is_version(folder):
+                raise
+            raise UnknownRef(f"{Ref(name, number)} was removed meanwhile") from None
 
     def read(file: sqlite3.Connection) -> list[Entry]:
         _refresh(file, root, name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillbank.bank.card import CARD_FILE, README_FILE, Card, readme
-from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE, is_linked, numbers
+from skillbank.bank.layout import TEMPORARY, TOMBSTONE_FILE, is_linked, numbers
 from skillbank.bank.refs import Ref
 from skillbank.bank.sealed import file_digest, fsync, locked, made, rename, write_new
 
@@ -106,11 +106,14 @@ def arrive(root: Path, folder: Path, ref: Ref) -> None:
 
 
 def _take_out(root: Path, target: Path, folder: Path) -> None:
-    """Take out of the way what lies where a version is to go and has no card: half a push, or files that all come again, so that nothing is lost."""
+    """Take out of the way what lies where a version is to go and has no card, if all of it comes again, so that nothing is lost."""
     with suppress(FileNotFoundError), temporary(root) as aside:  # somebody else may take it out
-        kept = [] if (target / PARTIAL_FILE).exists() else [path for path in sorted(target.iterdir()) if not path.name.startswith(".")]
+        kept = (path for path in sorted(target.iterdir()) if not path.name.startswith("."))
         if other := next((path.name for path in kept if not _begins(folder / path.name, path)), None):
-            raise ValueError(f"{str(target)!r} has no {CARD_FILE}, and its {other} is not what is to go there: restore it, or take that folder away")
+            raise ValueError(
+                f"{str(target)!r} has no {CARD_FILE}, and its {other} is not what is to go there: restore it, or take that folder away if nobody is "
+                "writing to it"
+            )
         rename(target, rest := aside / target.name)
         if any((rest / name).exists() for name in (CARD_FILE, TOMBSTONE_FILE)):  # which came meanwhile
             rename(rest, target)

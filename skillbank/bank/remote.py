@@ -13,6 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +191,39 @@ class Remote:
         """
         return Commits(self.url, self.files, self.root).write if on_hub(self.url) else self._in_turn
 
-    def _in_turn(self, files: Mapping[str, Path | bytes], _what: str) -> None:
-        """Write files one by one, the last one beside and moved to its place, so that it is whole wherever moving is atomic."""
+    def _in_turn(self, files: Mapping[str, Path | bytes], what: str) -> None:
+        """Write files one by one, the last one beside and moved to its place, so that it is whole wherever moving is atomic.
+
+        Before each a mark is looked for that lies there as long as nobody else has begun with the same version, or put it there.
+        """
         *first, last = files
-        partial = self.path(last.rpartition("/")[0], PARTIAL_FILE)
+        partial, mark = self.path(last.rpartition("/")[0], PARTIAL_FILE), uuid.uuid4().hex.encode()
+
+        def check() -> None:
+            try:
+                alone = not first or self.files.cat_file(partial) == mark
+            except FileNotFoundError:
+                alone = False
+            if not alone:
+                raise ValueError(f"{self.url}: {what} is written there by somebody else as well: push again when they are done")
+
         if first:
             self.files.makedirs(partial.rpartition("/")[0], exist_ok=True)
-            self.files.pipe_file(partial, b"")
+            self.files.pipe_file(partial, mark)
         for path in first:
+            check()
             self._put(self.path(path), files[path])
         beside = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
         self._put(beside, files[last])
+        try:
+            check()
+        except ValueError:
+            self.files.rm_file(beside)
+            raise
         self.files.mv(beside, self.path(last))
         if first:
-            self.files.rm_file(partial)
+            with suppress(FileNotFoundError):  # who put the same there took it away
+                self.files.rm_file(partial)
 
     def _put(self, path: str, data: Path | bytes) -> None:
         if isinstance(data, bytes):

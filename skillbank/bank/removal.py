@@ -16,10 +16,11 @@ from skillbank.bank.aliases import ALIASES_LOCK, ALIASES_TEMPORARY
 from skillbank.bank.card import CARD_FILE
 from skillbank.bank.layout import PARTIAL_FILE, TEMPORARY, TOMBSTONE_FILE
 from skillbank.bank.publish import lock_of, temporary
-from skillbank.bank.refs import Ref
+from skillbank.bank.refs import Ref, UnknownRef
 from skillbank.bank.sealed import fsync, locked, read_plain, rename, seal, unseal, write_new
 
 if TYPE_CHECKING:
+    from skillbank.bank.index import Entry
     from skillbank.bank.store import Bank
 
 __all__ = ["dependents", "gc", "parse_tombstone", "remove", "tombstone"]
@@ -31,7 +32,14 @@ _FIELDS = ("kind", "hash", "reason", "when")
 def dependents(bank: Bank, ref: str | Ref) -> list[Ref]:
     """Versions that name `ref` as their base or as a parent, by name and number."""
     exact = str(bank.resolve(ref))
-    return [entry.ref for entry in bank.list(text=exact) if exact in entry.card.stands_on]
+    return [entry.ref for entry in bank.list(text=exact) if _stands_on(entry, exact)]
+
+
+def _stands_on(entry: Entry, ref: str) -> bool:
+    try:
+        return ref in entry.card.stands_on
+    except UnknownRef:
+        return False
 
 
 def remove(bank: Bank, ref: Ref, *, force: bool, reason: str) -> None:

@@ -101,7 +101,7 @@ def check_files(folder: Path, ref: Ref, card: Card, *, trusted: bool = False) ->
 def check_whole(bank: BankReader, ref: Ref) -> None:
     """Check every file of a version that is to go elsewhere; a ValueError names the first that is wrong."""
     if problem := next(check_files(bank.path(ref), ref, bank.card(ref), trusted=bank.place.trusted(ref)), None):
-        raise ValueError(f"{problem}: it was not pushed; restore it from a copy")
+        raise ValueError(f"{problem}: it was left where it is; restore it from a copy")
 
 
 def check_links(bank: BankReader, ref: Ref, card: Card, *, missing: bool = True) -> Iterator[Problem]:

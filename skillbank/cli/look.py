@@ -11,6 +11,7 @@ from skillbank.bank import Bank, Card, Ref
 from skillbank.bank.card import KINDS, weighted
 from skillbank.bank.index import Entry
 from skillbank.bank.query import field
+from skillbank.bank.refs import UnknownRef
 from skillbank.cli.app import DEFAULT, BankOption, JsonOption, RefArgument, app, complete_ref
 from skillbank.display import answer, card_fields, lineage_tree, new_table, print_fitting, print_json, print_one, print_parts, progress, telling
 
@@ -58,9 +59,11 @@ def _tell(said: object) -> None:
 
 
 def _is_readable(entry: Entry) -> bool:
-    """Whether the card of a version can be read now; where it was damaged since it was listed first, a line on stderr tells."""
+    """Whether a version is still there and its card can be read now; where it was damaged since it was listed first, a line on stderr tells."""
     try:
         return bool(entry.card)
+    except UnknownRef:
+        return False
     except ValueError as error:
         _tell(error)
         return False

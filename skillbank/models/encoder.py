@@ -72,7 +72,7 @@ class Classifier(Pretrained):
         return self.losses(batch).mean()
 
     def losses(self, batch: Batch) -> Tensor:
-        """Cross entropy of every row's class, (B,); a ValueError for one that the head does not have."""
+        """Cross entropy of every row's class, (B,); a ValueError for one that the head has not, or, on a CPU, a row that begins with padding."""
         label = batch["label"]
         if readable(label) and not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
             worst = int(label.min() if label.min() < 0 else label.max())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -61,9 +60,6 @@ class Pretrained(nn.Module):
             self.net = self.auto.from_config(AutoConfig.for_model(**{**known, **net, **(config or {})}))
         elif isinstance(net, str):
             self.net = self._loaded(net, revision=revision, **(config or {}), **options)
-        # RoBERTa and what is like it count by themselves, without padding and from another number than 0
-        counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in self.net.modules())
-        self._told = not counts and "position_ids" in inspect.signature(self.net.forward).parameters
         if checkpointing:
             enable = getattr(self.net, "activation_checkpointing_enable", None) or self.net.gradient_checkpointing_enable  # its older name
             enable({"use_reentrant": False})
@@ -88,13 +84,6 @@ class Pretrained(nn.Module):
         self.net.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-    def _unpadded(self, batch: Batch) -> dict[str, Tensor]:
-        """What makes the net see rows without their padding, on whichever side it is: positions are counted without it, as by `generate`."""
-        mask = token_mask(batch)
-        if "attention_mask" not in batch or not self._told:
-            return {"attention_mask": mask}
-        return {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
     def _check(self, ids: Tensor, length: int | None = None) -> None:
         """Raise a ValueError for tokens, or more of them, than the net knows."""

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens, N new tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -43,7 +44,7 @@ class CausalLM(Pretrained):
         options: of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `gguf_file`, `attn_implementation`.
 
     Raises:
-        ValueError: a configuration that transformers does not know, or a model that cannot be loaded.
+        ValueError: a configuration that transformers does not know, a model that cannot be loaded, or one of RoBERTa's kind.
 
     """
 
@@ -62,6 +63,12 @@ class CausalLM(Pretrained):
         **options: Any,
     ) -> None:
         super().__init__(net, tokenizer=tokenizer, revision=revision, checkpointing=checkpointing, options=options)
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.net.modules()):
+            raise ValueError(
+                f"{type(self.net).__name__} does not generate what it computes: its own passes count positions from behind the padding token, "
+                "`generate` from 0; take a net that is made to go on with text"
+            )
+        self._placed = "position_ids" in inspect.signature(self.net.forward).parameters
         self.tokens, self.layer = tokens, layer
         self._looks_at: Batch = {}
         self._saw: Tensor | None = None
@@ -137,10 +144,13 @@ class CausalLM(Pretrained):
         return blocks[self.layer - 1]
 
     def _alone(self, batch: Batch) -> dict[str, Tensor]:
-        """What makes the net see rows without their padding, and examples apart."""
+        """What makes the net see rows without their padding, on whichever side it is, and examples apart; positions are counted as by `generate`."""
         if "segments" in batch:
             return _apart(batch["segments"], self.net.dtype)
-        return self._unpadded(batch)
+        mask = token_mask(batch)
+        if "attention_mask" not in batch or not self._placed:
+            return {"attention_mask": mask}
+        return {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
     @torch.no_grad()
     def predict(self, batch: Batch, *, max_new_tokens: int | None = None) -> Tensor:
