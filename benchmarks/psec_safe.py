@@ -221,11 +221,13 @@ class Study:
         """A gate over both skills, trained on the safe demonstrations."""
         return self.composed(f"gate-{regulariser}", "gate=mlp", f"regulariser={regulariser}", f"fit.steps={STEPS['gate']}")
 
-    def level(self, kind: Callable[..., Any], label: str) -> Model:
+    def level(self, kind: Callable[..., Any], label: str, temperature: float | None = None) -> Model:
         """NSEC, ASEC and PSEC with their loss: a gate trained on the squared error of the sampled action, in batches of 64."""
         _, model, skills, refs = skills_on_base(self.bank, self.skills())
+        policy = cast("DiffusionPolicy", model)
+        policy.temperature = temperature or policy.temperature
         torch.manual_seed(self.seed)
-        level, task = kind(cast("DiffusionPolicy", model), skills), self.task("_safe")
+        level, task = kind(policy, skills), self.task("_safe")
         batches = task.batches(batch_size=64, seed=self.seed)
         cast("sb.MLPGate", level.gate).standardise(torch.cat([batch["observation"] for batch in islice(batches(0), 40)]))
         steps = 3 if self.quick else STEPS["gate"]
@@ -294,6 +296,12 @@ ROWS = {
     "gate-code": Row("the same, regulariser *code*", partial(Study.gate, regulariser="code")),
     "base-hot": Row("policy of all data, temperature 1", partial(Study.hot, gated=False)),
     "gate-hot": Row("gate, temperature 1", partial(Study.hot, gated=True)),
+    "asec-hot": Row(
+        "ASEC, temperature 1, in training as well", partial(Study.level, kind=partial(ActionLevel, base=False), label="asec-hot", temperature=1.0)
+    ),
+    "nsec-hot": Row(
+        "NSEC, temperature 1, in training as well", partial(Study.level, kind=partial(NoiseLevel, base=False), label="nsec-hot", temperature=1.0)
+    ),
     "base-best": Row(f"policy of all data, best of {SAMPLES} by cost", partial(Study.best, gated=False)),
     "gate-best": Row(f"gate, best of {SAMPLES} by cost", partial(Study.best, gated=True)),
 }
