@@ -28,7 +28,7 @@ class _Level(nn.Module):
         skills: K of them.
         per_dimension: a weight for every dimension of the action, where the level has actions or noise to weight.
         base: whether the base alone is among what is weighted.
-        init: of the gate, see `MLPGate`: `newest` says 1 for the newest member, `official` nearly 0 for all.
+        init: of the gate, see `MLPGate`: `newest` says 1 for the newest member, `official` the raw output of a random head.
 
     """
 

@@ -10,16 +10,17 @@ instead of factors, PSEC(MLP), started at random as the paper's curve suggests, 
 raw output of its gate is the weight itself and starts sixteen times farther from 0 than over factors. `mlp-alone` is without the gate. `reg-mean`,
 `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was trained with Mish with SiLU instead.
 
-The levels with equal starts: the gates of `nsec` and `asec` start at 1 for the newest member and that of `psec` nearly at 0, as in the official code;
-`psec-newest` starts as they do, `nsec-official` and `asec-official` as it does.
+The levels with other starts: the gates of `nsec` and `asec` start at 1 for the newest member; that of `psec` starts within some hundredths of 0, as in
+the official code, which divides its output by sixteen. `psec-newest` starts at 1 as well; `nsec-official` and `asec-official` start as in the official
+code, which divides nothing there: at random weights of about half to four fifths, of either sign.
 
 The levels with equal losses: `nsec` and `asec` are those of `psec_continual`, on the squared error of the sampled action; `psec-action` is a gate
 over the parameters with that loss, `nsec-noise` one over the noise with PSEC's. `nsec-each` and `asec-each` have a weight for every dimension of the
 action (arXiv 2506.09366), which parameters cannot have. `nsec-search` and `psec-search` have no gate but constant weights, searched by the return
 of episodes of other environment seeds (arXiv 2510.01068): that is, with the task's reward, which no other row is given.
 
-A second table has rows of `psec_continual`, and `mlp`, by the number of demonstrations: `psec-of-30` is its PSEC with thirty of the stochastic
-expert, `psec-of-det30` of the deterministic one.
+A second table has rows by the number of demonstrations: `psec-of-30` is PSEC with thirty of the stochastic expert, `psec-of-det30` of the
+deterministic one.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ ROWS: dict[str, Callable[[Study, str], Model]] = {
 }
 COUNTED: dict[str, Callable[[Study, str], Model]] = {
     **{row: psec_continual.ROWS[row] for row in ("scratch", "lora", "asec", "nsec", "psec")},
-    "mlp": ROWS["mlp"],
+    **{row: ROWS[row] for row in ("asec-official", "nsec-official", "mlp")},
 }
 """Rows of the table by the number of demonstrations."""
 ROWS |= {f"{row}-of-{setting.removeprefix('sto')}": of for setting in MORE for row, of in COUNTED.items()}
