@@ -10,9 +10,9 @@ instead of factors, PSEC(MLP), started at random as the paper's curve suggests, 
 raw output of its gate is the weight itself and starts sixteen times farther from 0 than over factors. `mlp-alone` is without the gate. `reg-mean`,
 `reg-code`: the gate's two regularisers. `swish`: the official code's skill, which runs a base that was trained with Mish with SiLU instead.
 
-The levels with other starts: the gates of `nsec` and `asec` start at 1 for the newest member; that of `psec` starts within some hundredths of 0, as in
-the official code, which divides its output by sixteen. `psec-newest` starts at 1 as well; `nsec-official` and `asec-official` start as in the official
-code, which divides nothing there: at random weights of about half to four fifths, of either sign.
+The levels with other starts: the gates of `nsec` and `asec` start at 1 for the newest member. That of `psec` starts within some hundredths of 0, as
+in the official code, where its output is the multiplier and the skills' own is sixteen; `psec-newest` starts at 1 as well. `nsec-official` and
+`asec-official` start as in the official code, where the output is the weight: at random, about half to four fifths, of either sign.
 
 The levels with equal losses: `nsec` and `asec` are those of `psec_continual`, on the squared error of the sampled action; `psec-action` is a gate
 over the parameters with that loss, `nsec-noise` one over the noise with PSEC's. `nsec-each` and `asec-each` have a weight for every dimension of the
