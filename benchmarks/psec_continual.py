@@ -360,7 +360,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         for setting, (kind, count) in SETTINGS.items()
         for scenario in SCENARIOS
     }
-    paper = {f"{scenario} {setting}": PAPER.get((scenario, "psec"), "") if setting == "det10" else "" for setting, scenario in columns}
+    paper = {f"{scenario} {setting}": PAPER.get((scenario, "psec"), "") if setting != "sto3" else "" for setting, scenario in columns}
     return markdown([*lines, {"": "the demonstrations", **shown}, {"": "the paper's own figure for PSEC", **paper}])
 
 
