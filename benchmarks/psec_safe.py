@@ -366,7 +366,7 @@ def main() -> None:
     """Run the command line."""
     parser = stored.parser(__doc__, "one cell of each row with a few steps")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    stored.study_options(parser, ROWS, 5)
+    stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
