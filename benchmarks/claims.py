@@ -15,6 +15,7 @@ from benchmarks import psec_ablations, psec_continual, psec_dynamics, psec_safe,
 from benchmarks.comparisons import Claim, Comparison, Row, by_name
 from skillbank.report import markdown
 
+WALK = "S->W/det10"
 LIMIT = 10
 """Of costs per episode, DSRL's."""
 GATES = {
@@ -26,25 +27,14 @@ GATES = {
 """Rows of `psec_safe`: what its comparisons and its claims are called."""
 
 
-def continual() -> list[Claim]:
-    """C1 to C4: few demonstrations of a new task."""
+def levels() -> list[Claim]:
+    """C1: parameters, noise and actions from ten demonstrations."""
     of, ablation = by_name(psec_continual.read_results()), by_name(psec_ablations.read_results())
-    walk = "S->W/det10"
-    mlp, zero = ablation(f"{walk}/mlp"), ablation(f"{walk}/mlp-zero")
-    rank = {r: ablation(f"{walk}/rank-{r}") for r in (4, 8, 16, 32, 64)}
-    psec, noise, action = of(f"{walk}/psec"), ablation(f"{walk}/nsec-official"), ablation(f"{walk}/asec-official")
+    mlp, noise, action = (ablation(f"{WALK}/{row}") for row in ("mlp", "nsec-official", "asec-official"))
+    psec = of(f"{WALK}/psec")
     orders = [("PSEC > PSEC(MLP)", psec, mlp), ("PSEC(MLP) > NSEC", mlp, noise), ("PSEC > NSEC", psec, noise), ("NSEC > ASEC", noise, action)]
-    orders += [("NSEC > scratch", noise, of(f"{walk}/scratch"))]
-    newest = [("PSEC > NSEC", ablation(f"{walk}/psec-newest"), of(f"{walk}/nsec")), ("NSEC > ASEC", of(f"{walk}/nsec"), of(f"{walk}/asec"))]
-    near = [(r, values.changed(lambda each: 0.9 * each)) for r, values in rank.items() if r != 8]
-    tens, scenarios = ("det10", "sto10"), psec_continual.SCENARIOS
-    idle = [
-        Comparison(f"{name} {setting}: PSEC > base, untouched", of(f"{name}/{setting}/psec"), of(f"{name}/{setting}/base"), untrained=True)
-        for setting in psec_continual.SETTINGS
-        for name in scenarios
-    ]
-    idle += [Comparison(f"S+W->R {each}: PSEC > its walk skill", of(f"S+W->R/{each}/psec"), of(f"S+W->R/{each}/old-skill")) for each in tens]
-    alone = [(f"{it}: PSEC > its LoRA", of(f"{it}/psec"), of(f"{it}/lora")) for it in (f"{name}/{each}" for each in tens for name in scenarios)]
+    orders += [("NSEC > scratch", noise, of(f"{WALK}/scratch"))]
+    newest = [("PSEC > NSEC", ablation(f"{WALK}/psec-newest"), of(f"{WALK}/nsec")), ("NSEC > ASEC", of(f"{WALK}/nsec"), of(f"{WALK}/asec"))]
     return [
         Claim(
             "C1",
@@ -54,20 +44,46 @@ def continual() -> list[Claim]:
             "weights of about half to four fifths.",
         ),
         Claim("C1, another start", "The same of the levels, all gates started at 1 for the newest skill", [Comparison(*each) for each in newest]),
+    ]
+
+
+def growth() -> list[Claim]:
+    """C2 and C3, and what is left out: a library that grows, a gate beside what is simpler, from ten demonstrations."""
+    of = by_name(psec_continual.read_results())
+    cells = [f"{scenario}/{setting}" for setting in ("det10", "sto10") for scenario in psec_continual.SCENARIOS]
+
+    def psec(than: str, row: str, among: Sequence[str], *, untrained: bool = False) -> list[Comparison]:
+        return [Comparison(f"{cell}: PSEC > {than}", of(f"{cell}/psec"), of(f"{cell}/{row}"), untrained) for cell in among]
+
+    grown = [cell for cell in cells if cell.startswith("S+W->R")]
+    few = [f"{scenario}/sto3" for scenario in psec_continual.SCENARIOS]
+    return [
         Claim(
             "C2",
             "A library that has grown helps: a walk skill beside the run skill is better than the run skill alone",
-            [Comparison(f"{each}: S+W->R > S->R, both PSEC", of(f"S+W->R/{each}/psec"), of(f"S->R/{each}/psec")) for each in tens],
-        ),
-        Claim(
-            "C3",
-            "A gate on the context is better than fixed weights that were tuned",
             [
-                Comparison(f"{name} {each}: PSEC > fixed", of(f"{name}/{each}/psec"), of(f"{name}/{each}/fixed"))
-                for each in tens
-                for name in scenarios
+                Comparison(f"{setting}: S+W->R > S->R, both PSEC", of(f"S+W->R/{setting}/psec"), of(f"S->R/{setting}/psec"))
+                for setting in ("det10", "sto10")
             ],
         ),
+        Claim("C3", "A gate on the context is better than fixed weights that were tuned", psec("fixed", "fixed", cells)),
+        Claim(
+            "trivial rows",
+            "PSEC is better than what is there before",
+            [*psec("base, untouched", "base", [*cells, *few], untrained=True), *psec("its walk skill, untouched", "old-skill", grown)],
+            ours=True,
+        ),
+        Claim("the gate", "PSEC is better than its new skill alone", psec("its LoRA", "lora", cells), ours=True),
+    ]
+
+
+def ranks() -> list[Claim]:
+    """C4: how large a skill is, and how it is written."""
+    ablation = by_name(psec_ablations.read_results())
+    mlp, zero = ablation(f"{WALK}/mlp"), ablation(f"{WALK}/mlp-zero")
+    rank = {r: ablation(f"{WALK}/rank-{r}") for r in (4, 8, 16, 32, 64)}
+    near = [(r, values.changed(lambda each: 0.9 * each)) for r, values in rank.items() if r != 8]
+    return [
         Claim(
             "C4",
             "Rank 8 is best or near it (90 % of the best) of 4 to 64, and every rank is better than the dense delta",
@@ -88,8 +104,6 @@ def continual() -> list[Claim]:
             [Comparison(f"rank {r} > dense from 0", values, zero) for r, values in rank.items()],
             ours=True,
         ),
-        Claim("trivial rows", "PSEC is better than what is there before", idle, ours=True),
-        Claim("the gate", "PSEC is better than its new skill alone", [Comparison(*each) for each in alone], ours=True),
     ]
 
 
@@ -197,7 +211,7 @@ def dynamics() -> list[Claim]:
 
 def claims() -> list[Claim]:
     """All of them."""
-    return [*continual(), *safe(), *dynamics()]
+    return [*levels(), *growth(), *ranks(), *safe(), *dynamics()]
 
 
 def verdicts(found: Sequence[Claim]) -> str:
