@@ -43,6 +43,7 @@ from benchmarks.psec_continual import BASE, MORE, ROOT, SCENARIOS, Level, Study,
 from skillbank.model import Model, ModelModule
 from skillbank.models.diffusion import Mish
 from skillbank.report import markdown
+from skillbank.tasks.control import ControlTask
 
 RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
 SCENARIO, SETTING = "S->W", "det10"
@@ -219,13 +220,19 @@ def said(row: str, seeds: Sequence[int], overrides: tuple[str, ...] = ()) -> lis
         study = Study(SETTING, seed, overrides)
         task = study.task(SCENARIOS[SCENARIO][0])
         task.max_steps = 20 if overrides else None
-        model: Any = (ROWS | psec_continual.ROWS)[row](study, SCENARIO)
-        met: list[Tensor] = []
-        model.gate.register_forward_hook(lambda gate, inputs, weights, met=met: met.append(weights[..., -1].flatten()))
-        task.rollout(model, episodes=1 if overrides else 10)
-        low, middle, high = torch.cat(met).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-        lines.append({"row": row, "seed": seed, "5 %": f"{low:.2f}", "median": f"{middle:.2f}", "95 %": f"{high:.2f}"})
+        model = (ROWS | psec_continual.ROWS)[row](study, SCENARIO)
+        lines.append({"row": row, "seed": seed, **met(model, task, 1 if overrides else 10)})
     return lines
+
+
+def met(model: Any, task: ControlTask, episodes: int) -> dict[str, str]:
+    """Quantiles of what a gate says of the newest skill in the states that its policy meets, as cells of a table."""
+    weights: list[Tensor] = []
+    handle = model.gate.register_forward_hook(lambda gate, inputs, said: weights.append(said[..., -1].flatten()))
+    task.rollout(model, episodes=episodes)
+    handle.remove()
+    low, middle, high = torch.cat(weights).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    return {"5 %": f"{low:.2f}", "median": f"{middle:.2f}", "95 %": f"{high:.2f}"}
 
 
 def cell(row: str) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 python -m benchmarks.psec_dynamics --from-results     the table from benchmarks/results/psec_dynamics.jsonl
 python -m benchmarks.psec_dynamics                    what is missing there is trained and evaluated, row by row; stop and start it at will
 python -m benchmarks.psec_dynamics --quick            one tiny cell of every row, to see that it runs
+python -m benchmarks.psec_dynamics --weights          what the gates say in the test episodes; stores nothing
 
 A result row is one line of the results file: a name such as `friction/medium/lora`, a training seed, the returns of ten test episodes in the
 unchanged HalfCheetah and their score: 100 (R - random) / (expert - random), with the random policy's and the expert's returns of this
@@ -35,6 +36,7 @@ import skillbank as sb
 import train as train_entry
 from benchmarks import stored
 from benchmarks.intervals import interval
+from benchmarks.psec_ablations import met
 from benchmarks.psec_continual import tuned
 from skillbank.load import skills_on_base
 from skillbank.model import Model, ModelModule
@@ -279,16 +281,29 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+def said(options: argparse.Namespace) -> str:
+    """What gates, trained where they are not yet, say of their skill in test episodes: quantiles over all steps."""
+    lines = []
+    for data, shift, seed in itertools.product(options.targets, options.shifts, options.seeds):
+        study = Study(seed, options.quick)
+        lines.append({"shift": shift, "data": data, "seed": seed, **met(study.gate(shift, data), study.task(data), 2)})
+    return markdown(lines)
+
+
 def main() -> None:
     """Run the command line."""
     parser = stored.parser(__doc__, "one cell of each row with a few steps")
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--weights", action="store_true", help="what the gates say of their skill in two test episodes")
     stored.study_options(parser, ROWS, 3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
     results = read_results()
+    if options.weights:
+        print(said(options))
+        return
     if options.quick:
         shutil.rmtree("runs/psec_dynamics/quick", ignore_errors=True)
         shift, data = options.shifts[0], options.targets[0]
