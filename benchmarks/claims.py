@@ -50,7 +50,7 @@ def levels() -> list[Claim]:
             "the start",
             "Gates that start at 1 for the newest skill are better than those that start as in the official code",
             [Comparison(*each) for each in starts],
-            "for composed actions the start decides, for noise and parameters it does not.",
+            "for composed actions the start decides; for noise and parameters the seeds do not tell.",
             ours=True,
         ),
     ]
@@ -205,8 +205,8 @@ def dynamics() -> list[Claim]:
             "C6, by imitation",
             says.format("A LoRA that imitates"),
             against(("lora", "LoRA"), rivals),
-            "with as many steps as source and LoRA have together, joint training is below the LoRA with friction only. A network of the target data alone "
-            "does as well as the LoRA, and both are as good as these data; the policy of the source with other thighs, untouched, is far better.",
+            "with as many steps as source and LoRA have together, joint training is below the LoRA with friction only. A network of the target data "
+            "alone does as well as the LoRA, and both are as good as these data; the policy of the source with other thighs, untouched, is better.",
         ),
         Claim(
             "C6, gated",
