@@ -227,12 +227,16 @@ def test_final_observations_are_what_the_last_action_leads_to(name):
         np.testing.assert_allclose(earned, reward, atol=0.02)
 
 
-def test_the_benchmark_runs():
-    rows = ["awr", "joint"]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.psec_dynamics", "--quick", "--rows", *rows]
+def printed_by(*options):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.psec_dynamics", "--quick", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_the_benchmark_runs():
+    rows = ["awr", "joint"]
+    printed = printed_by("--rows", *rows)
     column = printed[0].index("friction, medium")
     assert sum(line[column].endswith("(1)") for line in printed[2:]) == len(rows)
     data, paper = printed[-2:]
@@ -240,3 +244,10 @@ def test_the_benchmark_runs():
     assert float(data[column]) > 20
     assert paper[0].startswith("the paper's PSEC")
     assert float(paper[column]) == 40
+
+
+def test_what_gates_say_in_test_episodes():
+    printed = printed_by("--weights", "--shifts", "gravity", "--targets", "medium", "--seeds", "3")
+    (row,) = (dict(zip(printed[0], line, strict=True)) for line in printed[2:])
+    assert (row["shift"], row["data"], row["seed"]) == ("gravity", "medium", "3")
+    assert -0.5 < float(row["5 %"]) <= float(row["median"]) <= float(row["95 %"]) < 0.5  # three steps from the official start
