@@ -269,9 +269,9 @@ interval and a verdict are. The data are ours ([demos/README.md](../demos/README
 numbers.
 
 Pictures with numbers beside them, of weights along an episode and of skills at three levels, are in
-[walker.md](walker.md#figures-weights-along-an-episode-skills-at-three-levels). The walker's gates come to about 1 for the newest skill
-(the car's on the straight does not: [safe.md](safe.md)); at the same states the features of a hidden layer tell skills apart better than actions do,
-and two trainings of one task as well."""
+[walker.md](walker.md#figures-weights-along-an-episode-skills-at-three-levels). The gates of the shipped walker skills come to about 1 for the
+newest one (the car's on the straight does not: [safe.md](safe.md)); at the same states the features of a hidden layer tell skills apart better than
+actions do, and two trainings of one task as well."""
     tables = {
         "Stand to walk, stand to run, stand and walk to run": psec_continual,
         "What in the recipe matters": psec_ablations,

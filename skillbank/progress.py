@@ -27,7 +27,7 @@ _SMALL = 2**20
 class Progress:
     """What a checkpoint holds: parameters, moments, EMA, step, the rows of the metrics file, and buffers of the model's state.
 
-    Weights of quantised layers are buffers, too: those above a mebibyte that are not in single precision, as what is learned on the way is, are
+    Weights of quantised layers are buffers, too: those above a mebibyte that are not in full precision, as what is learned on the way is, are
     left out as long as nothing is seen to write to them.
     """
 
@@ -75,7 +75,7 @@ class Progress:
     def _is_kept(self, name: str, value: Tensor) -> bool:
         """Whether a checkpoint holds a buffer; not all that writes to one, such as batch normalisation or `.data`, is seen."""
         plain = value.layout == torch.strided and all(stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True))
-        if plain and (value.dtype == torch.float32 or value.nbytes <= _SMALL):
+        if plain and (value.dtype in (torch.float32, torch.float64) or value.nbytes <= _SMALL):
             return True
         return value is not self.buffers[name][0] or _version(value) != self.buffers[name][1]
 
