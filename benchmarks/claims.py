@@ -43,8 +43,7 @@ def levels() -> list[Claim]:
             "From ten demonstrations, stand to walk: PSEC > PSEC(MLP) > NSEC > ASEC and scratch, gates started as in the official code",
             [Comparison(*each) for each in orders],
             "the official code starts PSEC's gate within some hundredths of 0, those of noise and actions, whose output nothing divides, at random "
-            "weights of about half to four fifths. With a hundred stochastic demonstrations scratch has "
-            "caught up (the table by their number, below).",
+            "weights of about half to four fifths. With a hundred stochastic demonstrations scratch has caught up (table by their number, below).",
         ),
         Claim("C1, another start", "The same of the levels, all gates started at 1 for the newest skill", [Comparison(*each) for each in newest]),
         Claim(

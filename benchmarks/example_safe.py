@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.utils import instantiate
 
 import skillbank as sb
+from benchmarks import stored
 from skillbank.report import markdown
 from skillbank.tasks.offline import OfflineTask
 
@@ -88,8 +87,7 @@ def run(lane: Sequence[Command]) -> None:
 
 def task() -> OfflineTask:
     """What is evaluated: conf/task/ball/run_safe.yaml."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        made: OfflineTask = instantiate(hydra_compose("train", ["task=ball/run_safe"]).task, _convert_="all")
+    made: OfflineTask = instantiate(stored.conf("train", "task=ball/run_safe").task, _convert_="all")
     return made
 
 

@@ -27,8 +27,6 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -150,8 +148,7 @@ def play(model: Composed, environment: str, *, episodes: int, steps: int) -> Epi
 def trained(run: str, steps: int, *more: str) -> Composed:
     """A gate over the walk skill and a run skill that starts at equal weights, trained as `compose.py` does; nothing of it is kept."""
     overrides = ["task=walker/run", f"skills=[{POLICIES['walk']},{run}]", "gate=mlp", "gate.init=uniform", f"fit.steps={steps}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        conf = hydra_compose("compose", [*overrides, "+fit.progress=false", "task.held_out=0", *more])
+    conf = stored.conf("compose", *overrides, "+fit.progress=false", "task.held_out=0", *more)
     plain = cast("dict[str, Any]", OmegaConf.to_container(conf, resolve=True))
     return cast("Composed", recipe.compose(plain, sb.Bank("adapters"), resume=False).model)
 

@@ -19,8 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.utils import instantiate
 
 import skillbank as sb
@@ -68,8 +66,7 @@ STUDIES = {
 
 def run_task() -> ControlTask:
     """walker/run as in conf/."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        made: ControlTask = instantiate(hydra_compose("compose", ["task=walker/run", "skills=[]"]).task, _convert_="all")
+    made: ControlTask = instantiate(stored.conf("compose", "task=walker/run", "skills=[]").task, _convert_="all")
     return made
 
 

@@ -49,7 +49,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_ablations.jsonl"
 SCENARIO, SETTING = "S->W", "det10"
 PLAIN = ("task.observation_noise=0.0", "task.balance=0.0", "task.rehearsal=null", "batch_size=512")
 GATE = (*PLAIN, "fit.steps=1001", "fit.lr=3e-4", "+fit.schedule=constant", "gate=official", "standardise=false")
-QUICK = ("fit.steps=3", "batch_size=8")
 SEARCH_SEED = 20
 """Of environment seeds from 20,000 on."""
 
@@ -251,12 +250,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.chdir(ROOT)
     if options.weights:
-        print(markdown([line for row in options.weights for line in said(row, options.seeds, QUICK if options.quick else ())]))
+        print(markdown([line for row in options.weights for line in said(row, options.seeds, stored.QUICK if options.quick else ())]))
         return
     computed = {row: partial(compute, SCENARIO, cell(row)[0], cell(row)[1], rows=ROWS | COUNTED) for row in options.rows}
     if options.quick:
         shutil.rmtree(Path("runs/psec_continual/quick"), ignore_errors=True)
-        quick = partial(partial, seed=0, overrides=QUICK, episodes=1)
+        quick = partial(partial, seed=0, overrides=stored.QUICK, episodes=1)
         results = [quick(each)() | {"name": f"{SCENARIO}/{SETTING}/{row}"} for row, each in computed.items()]
     elif not options.from_results:
         wanted = ((cell(row)[2], seed, partial(each, seed=seed)) for seed in options.seeds for row, each in computed.items())

@@ -24,8 +24,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.utils import instantiate
 
 import compose as compose_entry
@@ -99,8 +97,7 @@ class Study:
 
     def task(self, task: str) -> ControlTask:
         """The task with this setting's demonstrations, plain."""
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            conf = hydra_compose("train", [*self.task_overrides(task), "experiment=paper"])
+        conf = stored.conf("train", *self.task_overrides(task), "experiment=paper")
         made: ControlTask = instantiate(conf.task, _convert_="all")
         return made
 
@@ -120,12 +117,7 @@ class Study:
         return self._once(name, "compose", overrides, compose_entry.compose)
 
     def _once(self, name: str, config: str, overrides: list[str], make: Callable[..., str]) -> str:
-        def made() -> str:
-            with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-                conf = hydra_compose(config, overrides)
-            return make(conf)
-
-        return stored.once(self.bank, name, made, self.used)
+        return stored.once(self.bank, name, lambda: make(stored.conf(config, *overrides)), self.used)
 
     def load(self, ref: str, temperature: float = 1.0) -> ModelModule:
         """Model of a version, its sampler at the given temperature."""
@@ -377,8 +369,7 @@ def main() -> None:
     results = read_results()
     if options.quick:
         shutil.rmtree("runs/psec_continual/quick", ignore_errors=True)
-        quick = ("fit.steps=3", "batch_size=8")
-        results = [compute("S+W->R", "sto3", row, 0, quick, episodes=1) for row in options.rows]
+        results = [compute("S+W->R", "sto3", row, 0, stored.QUICK, episodes=1) for row in options.rows]
     elif not options.from_results:
         chosen = (each for each in cells(options.settings, options.seeds, options.rows) if each[0] in options.scenarios)
         wanted = ((f"{scenario}/{setting}/{row}", seed, partial(compute, scenario, setting, row, seed)) for scenario, setting, row, seed in chosen)

@@ -27,8 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.utils import instantiate
 
 import compose as compose_entry
@@ -52,7 +50,6 @@ STEPS = {"base": 5000, "skill": 2500, "critic": 10_000}
 """Of training, in batches of 256; the paper takes 200 thousand for base and skill, in batches of 512."""
 PAPER = {"medium": (40, 41, 41), "medium-replay": (31, 29, 32), "medium-expert": (42, 42, 44)}
 """D4RL scores of PSEC in a figure of the paper, by target data, in the order of SHIFTS."""
-QUICK = ("fit.steps=3", "batch_size=8")
 
 
 def manifest() -> dict[str, Any]:
@@ -89,8 +86,7 @@ class Study:
 
     def task(self, data: str) -> ControlTask:
         """The task of a data set."""
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            made: ControlTask = instantiate(hydra_compose("train", [f"task=halfcheetah/{data}"]).task, _convert_="all")
+        made: ControlTask = instantiate(stored.conf("train", f"task=halfcheetah/{data}").task, _convert_="all")
         made.max_steps = 20 if self.quick else None
         return made
 
@@ -105,13 +101,8 @@ class Study:
         """Reference of a version, trained on a data set if it is not in the bank yet."""
         name = f"{name}/seed-{self.seed}"
         given = [f"task=halfcheetah/{data}", f"name={name}", f"seed={self.seed}", f"bank={self.bank.root}", "episodes=0", *overrides]
-
-        def make() -> str:
-            with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-                conf = hydra_compose(entry.__name__, [*given, *(QUICK if self.quick else ())])
-            return entry(conf)
-
-        return stored.once(self.bank, name, make, self.used)
+        given += stored.QUICK if self.quick else ()
+        return stored.once(self.bank, name, lambda: entry(stored.conf(entry.__name__, *given)), self.used)
 
     def policy(self, name: str, data: str, *overrides: str) -> str:
         """A policy trained from scratch."""

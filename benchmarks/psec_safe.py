@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
@@ -51,7 +49,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "psec_safe.jsonl"
 TASKS = {"run": "ball/run", "circle": "ball/circle", "car_run": "car/run", "car_circle": "car/circle"}
 """Names and configurations. The cars need Bullet."""
 HJ = ("model.objective=hj", "model.discount=0.9")
-QUICK = ("fit.steps=3", "batch_size=8")
 SAMPLES = 16
 """Of which the best is taken."""
 
@@ -131,8 +128,7 @@ class Study:
 
     def conf(self, entry: str, *overrides: str) -> Any:
         """Resolved configuration of train.py or compose.py."""
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            return hydra_compose(entry, [*overrides, *(QUICK if self.quick else ())])
+        return stored.conf(entry, *overrides, *(stored.QUICK if self.quick else ()))
 
     def task(self, kind: str = "") -> OfflineTask:
         """The task with all data, or with the safe demonstrations (`_safe`)."""
@@ -338,10 +334,11 @@ def shown(per_seed: list[list[float]]) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """Normalised returns and costs, and the share of the episodes that keep the limit; the paper's figures beside them."""
     lines = []
+    tasks = {name: Study(name, 0).conf("train", f"task={TASKS[name]}").task for name in TASKS}
     for (i, name), (row, about) in itertools.product(enumerate(TASKS), ROWS.items()):
         found = sorted((each for each in results if each["name"] == f"{name}/{row}"), key=lambda each: each["seed"])
         if found:
-            conf = Study(name, 0).conf("train", f"task={TASKS[name]}").task
+            conf = tasks[name]
             low, high = conf.return_range
             returns = [[(each - low) / (high - low) for each in result["returns"]] for result in found]
             costs = [[each / conf.cost_limit for each in result["costs"]] for result in found]

@@ -12,9 +12,11 @@ from typing import Any
 
 from filelock import FileLock
 
-__all__ = ["by_threads", "commit", "complete", "load", "once", "parser", "so_far", "store", "study_options", "where"]
+__all__ = ["QUICK", "by_threads", "commit", "complete", "conf", "load", "once", "parser", "so_far", "store", "study_options", "where"]
 
 Row = dict[str, Any]
+QUICK = ("fit.steps=3", "batch_size=8")
+"""Overrides of a training that is only to show that it runs."""
 
 
 def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
@@ -58,6 +60,14 @@ def complete(path: Path, cells: Iterable[tuple[str, int, Callable[[], Row]]], sa
             if not there(name, seed):  # others may have computed the same meanwhile
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def conf(entry: str, *overrides: str) -> Any:
+    """Configuration of train.py or compose.py with some overrides."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base=None):
+        return compose(entry, list(overrides))
 
 
 def once(bank: Any, name: str, make: Callable[[], str], used: dict[str, str]) -> str:

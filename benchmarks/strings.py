@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from torch import Tensor, nn
 
 import skillbank as sb
 import train as train_entry
 from benchmarks.functions import SKILLS, alone, by_examples, chain, chains, of_skill, pretraining, save, word
-from benchmarks.stored import Row, load, parser, store, where
+from benchmarks.stored import Row, conf, load, parser, store, where
 from skillbank.kshot import best_skills
 from skillbank.levels import compose_at
 from skillbank.mixture import Composed, Mixed, Mixture, see
@@ -61,10 +59,8 @@ def trained(bank: sb.Bank, name: str, records: Sequence[dict[str, str]], *overri
     except KeyError:
         pass
     path = save(records, Path(folder) / f"{name.rpartition('/')[2]}.jsonl")
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        conf = hydra_compose("train", [*overrides, f"task.name={name}", f"task.data={path}", f"bank={bank.root}"])
     print(f"-- {name}", flush=True)
-    return train_entry.train(conf)
+    return train_entry.train(conf("train", *overrides, f"task.name={name}", f"task.data={path}", f"bank={bank.root}"))
 
 
 def skills_of(bank: sb.Bank, seed: int) -> dict[str, str]:
